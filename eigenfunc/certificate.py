@@ -1,0 +1,117 @@
+"""What makes an eigenpair trustworthy: counted fresh products, the noise in them, true residuals."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eigenfunc import scope, tree
+from eigenfunc.errors import NonFiniteError, TransformError
+from eigenfunc.krylov import basis
+from eigenfunc.operator import LinearOperator
+
+_EPS = torch.finfo(torch.float64).eps  # of the small projected problem
+
+
+class Products:
+    """A / scale as products with flat stacks (p, n), counted.
+
+    `scale`, a power of two, is 1 unless products of unit vectors are so large or small that their squares leave
+    the range of the dtype. `noise` is the relative error of a product, measured by forming one in two ways.
+    """
+
+    def __init__(self, A: LinearOperator) -> None:
+        if scope.inside_transform():
+            raise TransformError(
+                "solvers with a convergence test read values, which no torch.func transform allows; inside vmap, grad "
+                "or jvp use eigenfunc.lanczos or eigenfunc.power, which run a fixed number of steps"
+            )
+        tree.check_vector_space(A.like, "the operator's `like`")
+        self.A = A
+        self.size = A.size
+        self.dtype = tree.work_dtype(A.like)
+        self.eps = torch.finfo(self.dtype).eps
+        self.device = tree.device(A.like)
+        self.scale = 1.0
+        self.noise = 0.0
+        self.matvecs = 0
+        self.passes = 0
+
+    def __call__(self, block: Tensor) -> Tensor:
+        self.matvecs += block.shape[0]
+        self.passes += 1
+        vs = tree.unravel(block, self.A.like)
+        if block.shape[0] == 1:
+            image = tree.tree_map(lambda leaf: leaf[None], self.A.matvec(tree.row(vs, 0)))
+        else:
+            image = self.A.matmat(vs)
+        flat = tree.ravel(image, self.A.like)
+        return flat if self.scale == 1.0 else flat / self.scale
+
+    def random(self, generator: torch.Generator) -> Tensor:
+        """A unit vector (1, n), uniform on the sphere."""
+        x = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.dtype)
+        return (x / x.norm()).to(self.device)
+
+    def calibrate(self, generator: torch.Generator) -> None:
+        """Two products with one random vector: checks their shape, sets `scale`, measures `noise`."""
+        u = self.random(generator)
+        v = tree.row(tree.unravel(u, self.A.like), 0)
+        tree.check_like(self.A.matvec(v), self.A.like, "the operator's product")
+        self.matvecs, self.passes = 1, 1
+        image = self(u)
+        self.matvecs, self.passes = 1, 1
+        largest = float(image.abs().max())
+        if not math.isfinite(largest):
+            raise NonFiniteError(non_finite(0))
+        comfortable = torch.finfo(self.dtype).tiny ** 0.25
+        if largest > 0 and not comfortable < largest < 1 / comfortable:
+            self.scale = 2.0 ** math.floor(math.log2(largest))
+        image = image / self.scale
+        other = self(0.7 * u) / 0.7
+        length = float(tree.norm(image))
+        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
+
+    @property
+    def roundoff(self) -> float:
+        """The largest `noise` that rounding in the operator's dtypes explains; more means products that differ."""
+        return max(1000 * self.eps, 8 * tree.coarsest_eps(self.A.like))
+
+    def floor(self, anorm: float) -> float:
+        """Residuals are not told apart below this, for an operator of norm `anorm`."""
+        return max(8 * self.eps, 64 * _EPS, 2 * min(self.noise, self.roundoff)) * anorm
+
+
+def non_finite(index: int) -> str:
+    return (
+        f"product {index} with the matrix holds NaN or infinity. Look for operations without a second derivative at "
+        "this point (sqrt or norm at 0, x ** p), or for overflow: try float64, or a smaller batch to find the sample"
+    )
+
+
+class Certified(NamedTuple):
+    """Rayleigh–Ritz pairs of fresh products, in rising order."""
+
+    values: Tensor  # (k,) float64, CPU
+    vectors: Tensor  # (k, n), orthonormal
+    residuals: Tensor  # (k,) float64, CPU: true norms ‖A x − θ x‖
+    asymmetry: float  # max |⟨x_i, A x_j⟩ − ⟨x_j, A x_i⟩|
+    orthogonality: float
+
+
+def certify(products: Products, x: Tensor) -> Certified:
+    """Rayleigh–Ritz in the span of x (k, n) with k fresh products. Parlett, section 11.3."""
+    x, _, _ = basis.orthonormalise(x, torch.zeros((), dtype=torch.float64, device=x.device))
+    image = products(x)
+    g = tree.gram(x, image)
+    values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
+    turn = u.mT.to(x.device)
+    x, image = tree.combine(turn, x), tree.combine(turn, image)
+    residuals = tree.norms(image - values.to(x)[:, None] * x).cpu()
+    if not bool(torch.isfinite(residuals).all()):
+        raise NonFiniteError(non_finite(products.matvecs))
+    off = tree.gram(x, x) - torch.eye(len(values), dtype=torch.float64, device=x.device)
+    return Certified(values, x, residuals, float((g - g.mT).abs().max()), float(off.abs().max()))

@@ -1,0 +1,154 @@
+"""Batches: data that can be read again and again, and the weighted sum of an operator over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from eigenfunc import scope, tree
+from eigenfunc.errors import DataError
+from eigenfunc.tree import Tree
+
+Weight = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """A data set as batches that can be iterated any number of times, each with its weight.
+
+    data       a DataLoader, a list of batches, or any iterable that starts anew each time
+    weight     batch -> number of terms its loss averages over; default: the number of samples, read off the first
+               axis of the batch's tensors. For a loss that averages over tokens or by class weights pass that
+               count: `weight=lambda batch: (batch[1] != -100).sum()`
+    reduction  "mean" where the loss averages over the batch (the default of torch's losses), "sum" where it adds
+    device     where batches are moved to; default: where the parameters are
+
+    The matrix over the data is Σ w_b A_b / Σ w_b for "mean" and Σ A_b for "sum", so that it does not depend on how
+    the data is cut into batches.
+    """
+
+    data: Iterable[Any]
+    weight: Weight | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, (Tensor, Mapping, str)) or not hasattr(self.data, "__iter__"):
+            raise DataError(
+                f"Batches takes an iterable of batches, got a {type(self.data).__name__}; "
+                "a single batch is passed to hessian(...) as it is, or as Batches([batch])"
+            )
+        if hasattr(self.data, "__next__"):
+            raise DataError(
+                f"the data is a {type(self.data).__name__} that can be read only once, and every product needs a pass "
+                "over it; pass list(data), a DataLoader, or an object whose __iter__ starts anew"
+            )
+        if self.reduction not in ("mean", "sum"):
+            raise DataError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}")
+        if self.reduction == "sum" and self.weight is not None:
+            raise DataError("weights have no meaning for reduction='sum', where every batch's loss counts as it is")
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches on `device`. DataLoader workers, samplers and data sets draw from the global random state."""
+        for batch in self.data:
+            yield batch if self.device is None else _moved(batch, torch.device(self.device))
+
+    def on(self, device: torch.device) -> Batches:
+        """The same batches, moved to `device` unless another was asked for."""
+        return self if self.device is not None else replace(self, device=device)
+
+    def weigh(self, batch: Any, index: int) -> float:
+        """The weight of a batch: a positive number, or 0 for a batch that is to be left out."""
+        if self.reduction == "sum":
+            return 1.0
+        if self.weight is not None:
+            value = float(self.weight(batch))
+            if not 0 <= value < float("inf"):
+                raise DataError(f"the weight of batch {index} is {value}; it must be a finite number, not negative")
+            return value
+        sizes = {leaf.shape[0] for leaf in _tensors(batch) if leaf.ndim > 0}
+        if len(sizes) != 1:
+            found = f"lengths {sorted(sizes)}" if sizes else "no tensor with a first axis"
+            raise DataError(
+                f"cannot read the number of samples off batch {index}, a {type(batch).__name__} with {found}; "
+                "say how much it counts: Batches(data, weight=lambda batch: ...)"
+            )
+        return float(sizes.pop())
+
+
+def as_batches(data: Any) -> Batches:
+    """`Batches` as they are, a DataLoader wrapped, anything else taken as one batch."""
+    if isinstance(data, Batches):
+        return data
+    if isinstance(data, DataLoader):
+        return Batches(data)
+    if hasattr(data, "__next__"):
+        raise DataError(
+            f"the data is a {type(data).__name__} that can be read only once; pass a DataLoader or Batches(list(data))"
+        )
+    return Batches([data], weight=lambda batch: 1.0)
+
+
+def average(parts: Iterable[tuple[float, Callable[[], Tree]]], reduction: str) -> Tree:
+    """Σ w_b x_b / Σ w_b, or Σ x_b for "sum"; parts without weight are not computed. `DataError` if none is left."""
+    total: Tree | None = None
+    weights = 0.0
+    for weight, compute in parts:
+        if weight == 0:
+            continue
+        weights += weight
+        part = compute() if reduction == "sum" else tree.scale(weight, compute())
+        total = part if total is None else tree.add(total, part)
+    if total is None:
+        raise DataError("the data is empty: no batch, or none with a positive weight")
+    return total if reduction == "sum" else tree.scale(1 / weights, total)
+
+
+def _children(batch: Any) -> Iterable[Any] | None:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    if isinstance(batch, (tuple, list)):
+        return batch
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, field.name) for field in fields(batch)]
+    return None
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    for child in _children(batch) or ():
+        yield from _tensors(child)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        moved: Tensor = scope.usable(batch.to(device))
+        return moved
+    children = _children(batch)
+    if children is None:
+        return batch
+    moved_children = [_moved(child, device) for child in children]
+    if all(new is old for new, old in zip(moved_children, children, strict=True)):
+        return batch
+    if isinstance(batch, Mapping):
+        return _rebuilt_mapping(batch, dict(zip(batch.keys(), moved_children, strict=True)))
+    if is_dataclass(batch):
+        return replace(batch, **dict(zip((f.name for f in fields(batch)), moved_children, strict=True)))  # type: ignore[type-var]
+    if hasattr(batch, "_fields"):
+        return type(batch)(*moved_children)
+    return type(batch)(moved_children)
+
+
+def _rebuilt_mapping(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+    try:
+        return type(batch)(moved)  # type: ignore[call-arg]
+    except TypeError:
+        raise DataError(
+            f"cannot move a batch of type {type(batch).__name__} to another device; move it in the DataLoader"
+        ) from None

@@ -1,0 +1,53 @@
+"""Every way in which eigenfunc says no, each naming what is wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class EigenfuncError(Exception):
+    """Root of all errors that eigenfunc raises on purpose."""
+
+
+class InputError(EigenfuncError, ValueError):
+    """An argument cannot be used: `k`, `tol`, `which`, `v0`, a basis size, a selection."""
+
+
+class TreeError(InputError):
+    """A pytree does not have the structure, shapes, dtypes or devices it should."""
+
+
+class ObjectiveError(InputError):
+    """The loss or its parameters cannot be differentiated as asked."""
+
+
+class DataError(InputError):
+    """The data is empty, spent, impossible to weigh, or makes the loss non-finite."""
+
+
+class ProductError(EigenfuncError, RuntimeError):
+    """No way of forming the matrix-vector product proves right on this model."""
+
+
+class NonFiniteError(EigenfuncError, ArithmeticError):
+    """A product with the matrix came out as NaN or infinity."""
+
+
+class TransformError(EigenfuncError, RuntimeError):
+    """A host-side function was called inside a `torch.func` transform."""
+
+
+class NotConverged(EigenfuncError, RuntimeError):
+    """Not every requested eigenpair could be certified; `solution` holds what was found."""
+
+    def __init__(self, message: str, solution: Any) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+class DataWarning(UserWarning):
+    """Two passes over the data disagree: the matrix changes between products."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A result was returned that does not carry a certificate."""

@@ -1,0 +1,153 @@
+"""nn.Module → (loss, params): a pure function of named parameters and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eigenfunc import scope, tree
+from eigenfunc.errors import InputError, ObjectiveError
+from eigenfunc.tree import Select
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """A loss (params, batch) -> (), pure in its arguments.
+
+    `predict(params, inputs)` and `criterion(outputs, targets)` are there for losses of that form, and None for
+    others. Buffers and parameters outside `params` are constants, read from the module at each call; what the
+    forward pass writes into buffers goes to copies.
+    """
+
+    module: nn.Module
+    paths: tuple[str, ...]  # names of the module's parameters, each tied group under its first
+    criterion: Callable[[Any, Any], Tensor] | None
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None
+
+    def _apply(self, params: Mapping[str, Tensor], f: Callable[[nn.Module], Any]) -> Any:
+        """f(module) with `params` in place of the module's own, and copies in place of its buffers."""
+        if unknown := [name for name in params if name not in self.paths]:
+            raise ObjectiveError(f"the module has no parameter {unknown[0]!r}; it has {', '.join(self.paths)}")
+        tensors: dict[str, Tensor] = {}
+        for kind in ("_parameters", "_buffers"):
+            for tensor, slots in _slots(self.module, kind):
+                value = params.get(slots[0])
+                if value is None:
+                    value = tensor.clone() if kind == "_buffers" else scope.usable(tensor.detach())
+                tensors.update({f"module.{slot}": value for slot in slots})
+        return torch.func.functional_call(_Applied(self.module), tensors, (f,), tie_weights=False)
+
+    def predict(self, params: Mapping[str, Tensor], inputs: Any) -> Any:
+        return self._apply(params, lambda module: module(inputs))
+
+    def __call__(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
+        if self.loss_fn is not None:
+            loss_fn = self.loss_fn
+            return self._apply(params, lambda module: loss_fn(module, batch))
+        if self.criterion is not None:
+            inputs, targets = _pair(batch)
+            return self.criterion(self.predict(params, inputs), targets)
+        if not isinstance(batch, Mapping):
+            raise ObjectiveError(
+                f"without criterion or loss_fn a batch must be a mapping of the module's keyword arguments, "
+                f"this one is a {type(batch).__name__}; pass criterion= for (inputs, targets) or loss_fn= for the rest"
+            )
+        output = self._apply(params, lambda module: module(**batch))
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            raise ObjectiveError(
+                "the module's output has no `loss`; put the labels into the batch, or pass criterion= or loss_fn="
+            )
+        return loss
+
+
+class _Applied(nn.Module):
+    """Hands the module, with whatever has been swapped into it, to a function."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, f: Callable[[nn.Module], Any]) -> Any:
+        return f(self.module)
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping) or not hasattr(batch, "__len__") or isinstance(batch, Tensor) or len(batch) != 2:
+        size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ObjectiveError(
+            f"with a criterion a batch must be a pair (inputs, targets), this one is a {type(batch).__name__}{size}; "
+            "pass loss_fn=lambda model, batch: ... for anything else"
+        )
+    inputs, targets = batch
+    return inputs, targets
+
+
+def _slots(module: nn.Module, kind: str) -> list[tuple[Tensor, list[str]]]:
+    """Each distinct parameter or buffer with one path for every (module, attribute) that holds it.
+
+    A submodule reached by two paths counts once, since swapping it twice would leave plain tensors behind in it.
+    """
+    slots: dict[int, tuple[Tensor, list[str]]] = {}
+    for prefix, part in module.named_modules():
+        for attribute, value in getattr(part, kind).items():
+            if value is not None:
+                path = f"{prefix}.{attribute}" if prefix else attribute
+                slots.setdefault(id(value), (value, []))[1].append(path)
+    return list(slots.values())
+
+
+def functional_loss(
+    model: nn.Module,
+    criterion: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    select: Select | None = None,
+) -> tuple[Objective, dict[str, Tensor]]:
+    """Turn a module into a pure loss and its parameters, ready for `hessian` and torch.func.
+
+    criterion  batches are pairs: loss = criterion(model(inputs), targets)
+    loss_fn    anything else: loss = loss_fn(model, batch), where `model` is the module with the parameters swapped in
+    neither    batches are mappings: loss = model(**batch).loss, as Hugging Face models return it
+    select     which parameters to differentiate by: a predicate on names, a glob pattern, a name or a dotted
+               prefix ("encoder.layer.0"), or a list of those; default: those that require grad. All others are
+               constants.
+
+    Returns the `Objective` and the selected parameters by name, detached, in the module's order; tied weights
+    appear once, under their first name. The module itself is never changed, and it is read at each call: its
+    buffers and constant parameters are those of the moment.
+
+    Raises `ObjectiveError` for modules whose parameters cannot be swapped or differentiated, `InputError` for a
+    selection that matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"functional_loss takes an nn.Module, got a {type(model).__name__}")
+    if criterion is not None and loss_fn is not None:
+        raise InputError("pass criterion or loss_fn, not both")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        raise ObjectiveError(
+            "the model holds a ScriptModule, whose weights torch.func.functional_call cannot swap, so its Hessian "
+            "would come out as zero; use the original nn.Module"
+        )
+    own = {slots[0]: tensor for tensor, slots in _slots(model, "_parameters")}
+    if select is None:
+        picked = [name for name in own if own[name].requires_grad]
+        if not picked:
+            raise ObjectiveError(
+                "the model has no parameter that requires grad; name the ones to differentiate by with select="
+            )
+    else:
+        picked = tree.chosen(list(own), select, "select")
+    for name in picked:
+        if isinstance(own[name], nn.parameter.UninitializedParameter):
+            raise ObjectiveError(f"parameter '{name}' is not initialised yet: run one batch through the model first")
+    with torch.inference_mode(False):
+        params = {name: scope.usable(own[name].detach()) for name in picked}
+    tree.check_vector_space(params, "the selected parameters")
+    if any(own[name].is_meta for name in picked):
+        raise ObjectiveError("the model has parameters on the meta device, without values")
+    return Objective(model, tuple(own), criterion, loss_fn), params

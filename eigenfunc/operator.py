@@ -1,0 +1,266 @@
+"""A symmetric matrix as a function v ↦ A v on pytrees, and its algebra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigenfunc import tree
+from eigenfunc.errors import InputError
+from eigenfunc.tree import Select, Tree
+
+MatVec = Callable[[Tree], Tree]
+
+_DENSE_LIMIT = 4 * 1024**3  # bytes of a dense matrix that may be formed
+
+
+@dataclass(frozen=True, eq=False)
+class LinearOperator:
+    """A symmetric linear operator on pytrees shaped like `like`.
+
+    matvec      maps one vector to one vector; called as A(v) or A @ v it is checked first (TreeError)
+    like        structure, shapes, dtypes and device of its vectors; the entries are never read
+    block       maps a stack (p, *leaf) to a stack, where that is cheaper than one at a time
+    minibatches an endless stream of unbiased stand-ins for `matvec`, one mini-batch each, where there are any
+    description what `describe()` says
+    """
+
+    matvec: MatVec
+    like: Tree
+    block: MatVec | None = None
+    minibatches: Callable[[], Iterator[MatVec]] | None = None
+    description: str = "linear operator"
+
+    @property
+    def size(self) -> int:
+        """n, the number of entries of a vector."""
+        return tree.size(self.like)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.size, self.size)
+
+    def describe(self) -> str:
+        return f"{self.description}, n = {self.size}"
+
+    def __repr__(self) -> str:
+        return f"<LinearOperator: {self.describe()}>"
+
+    def __call__(self, v: Tree) -> Tree:
+        tree.check_like(v, self.like, "v")
+        return self.matvec(v)
+
+    def __matmul__(self, v: Tree) -> Tree:
+        return self(v)
+
+    def matmat(self, vs: Tree) -> Tree:
+        """Products with a stack (p, *leaf) of vectors: one sweep over the data, if there is data."""
+        tree.check_like(vs, self.like, "vs", stacked=True)
+        return self._matmat(vs)
+
+    def _matmat(self, vs: Tree) -> Tree:
+        if self.block is not None:
+            return self.block(vs)
+        count = tree.leaves(vs)[0].shape[0]
+        return tree.stack([self.matvec(tree.row(vs, i)) for i in range(count)])
+
+    def _with(self, change: Callable[[MatVec], MatVec], description: str, *, stacked: MatVec | None) -> LinearOperator:
+        streams = self.minibatches
+        return LinearOperator(
+            change(self.matvec),
+            self.like,
+            stacked,
+            None if streams is None else lambda: (change(product) for product in streams()),
+            description,
+        )
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        tree.check_like(other.like, self.like, "the second summand")
+        return LinearOperator(
+            lambda v: tree.add(self.matvec(v), other.matvec(v)),
+            self.like,
+            lambda vs: tree.add(self._matmat(vs), other._matmat(vs)),
+            description=f"({self.description}) + ({other.description})",
+        )
+
+    def __mul__(self, c: float) -> LinearOperator:
+        if not isinstance(c, (int, float, Tensor)):
+            return NotImplemented
+        return self._with(
+            lambda matvec: lambda v: tree.scale(c, matvec(v)),
+            f"{c:g} · ({self.description})",
+            stacked=lambda vs: tree.scale(c, self._matmat(vs)),
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LinearOperator:
+        return -1.0 * self
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return self + -other
+
+    def shift(self, sigma: float) -> LinearOperator:
+        """A + σ I: every eigenvalue moves up by σ."""
+        return self._with(
+            lambda matvec: lambda v: tree.add(matvec(v), tree.scale(sigma, v)),
+            f"({self.description}) + {sigma:g} I",
+            stacked=lambda vs: tree.add(self._matmat(vs), tree.scale(sigma, vs)),
+        )
+
+    def deflate(self, pairs: Any) -> LinearOperator:
+        """A − Σ λ_i v_i v_iᵀ for `pairs` with `values` (k,) and orthonormal `vectors` (k, *leaf): a Solution, say."""
+        values, vectors = pairs.values, pairs.vectors
+        tree.check_like(vectors, self.like, "pairs.vectors", stacked=True)
+
+        def remove(products: Tree, vs: Tree) -> Tree:
+            weights = tree.gram(vs, vectors)
+            return tree.sub(products, tree.combine(weights * values.to(weights), vectors))
+
+        def single(matvec: MatVec) -> MatVec:
+            def product(v: Tree) -> Tree:
+                lifted = tree.tree_map(lambda leaf: leaf[None], v)
+                return tree.row(remove(tree.tree_map(lambda leaf: leaf[None], matvec(v)), lifted), 0)
+
+            return product
+
+        return self._with(
+            single,
+            f"({self.description}) without {len(values)} pairs",
+            stacked=lambda vs: remove(self._matmat(vs), vs),
+        )
+
+    def restrict(self, select: Select) -> LinearOperator:
+        """The principal block of A on some leaves; its vectors are dicts from leaf name to tensor.
+
+        `select` is a predicate on names, a glob pattern, a name or a dotted prefix, or a list of those.
+        """
+        picked = set(tree.chosen(tree.names(self.like), select, "restrict"))
+        refs, rebuild = tree.flatten(self.like)
+        labels = tree.names(self.like)
+        like = {name: ref for name, ref in zip(labels, refs, strict=True) if name in picked}
+
+        def embed(v: Tree, lead: tuple[int, ...]) -> Tree:
+            return rebuild(
+                [
+                    v[name] if name in picked else ref.new_zeros(lead + ref.shape)
+                    for name, ref in zip(labels, refs, strict=True)
+                ]
+            )
+
+        def project(v: Tree) -> Tree:
+            by_name = dict(zip(labels, tree.leaves(v), strict=True))
+            return {name: by_name[name] for name in like}
+
+        def within(matvec: MatVec) -> MatVec:
+            return lambda v: project(matvec(embed(v, ())))
+
+        def stacked(vs: Tree) -> Tree:
+            return project(self._matmat(embed(vs, (tree.leaves(vs)[0].shape[0],))))
+
+        streams = self.minibatches
+        return LinearOperator(
+            within(self.matvec),
+            like,
+            stacked,
+            None if streams is None else lambda: (within(product) for product in streams()),
+            f"block {', '.join(like)} of ({self.description})",
+        )
+
+    def to_dense(self, *, chunk: int = 128) -> Tensor:
+        """The matrix (n, n), in the order of `tree.ravel`; raises `InputError` where it would take over 4 GiB."""
+        n = self.size
+        dtype = tree.work_dtype(self.like)
+        if n * n * dtype.itemsize > _DENSE_LIMIT:
+            raise InputError(
+                f"a dense matrix of size {n} takes {tree.gibibytes(n * n * dtype.itemsize)}, "
+                f"over the limit of {tree.gibibytes(_DENSE_LIMIT)}; restrict the operator or use eigsh"
+            )
+        device = tree.device(self.like)
+        out = torch.empty(n, n, dtype=dtype, device=device)
+        for start in range(0, n, chunk):
+            unit = torch.zeros(min(chunk, n - start), n, dtype=dtype, device=device)
+            unit[torch.arange(len(unit)), start + torch.arange(len(unit))] = 1
+            out[start : start + chunk] = tree.ravel(self._matmat(tree.unravel(unit, self.like)), self.like)
+        return out
+
+
+def aslinearoperator(A: Any, like: Tree | None = None) -> LinearOperator:
+    """Make a `LinearOperator` of what stands for a symmetric matrix.
+
+    A   a dense symmetric tensor (n, n); a callable v ↦ A v together with `like`, a pytree shaped as its vectors;
+        or an object with a `shape` (n, n) and `matvec` or `@`, such as a SciPy LinearOperator or sparse matrix, a
+        NumPy array, or an operator of another library. Those receive NumPy vectors, or tensors if they fail on them.
+
+    Raises `InputError` for a matrix that is not square, symmetric and finite, or where `like` is missing;
+    `TreeError` where `like` cannot hold vectors.
+    """
+    if isinstance(A, LinearOperator):
+        return A
+    if like is not None:
+        tree.check_vector_space(like, "like")
+    if isinstance(A, np.ndarray):
+        A = torch.tensor(A)
+    if isinstance(A, Tensor):
+        return _dense(A, like)
+    if hasattr(A, "shape") and (hasattr(A, "matvec") or hasattr(A, "__matmul__")):
+        return _foreign(A)
+    if callable(A):
+        if like is None:
+            raise InputError("a callable needs `like`, a pytree shaped as its vectors: aslinearoperator(A, like=params)")
+        return LinearOperator(A, like, description="user's product")
+    raise InputError(
+        f"cannot read a matrix out of a {type(A).__name__}: pass a tensor, a callable with `like`, "
+        "or an object with `shape` and `matvec`"
+    )
+
+
+def _dense(A: Tensor, like: Tree | None) -> LinearOperator:
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
+        raise InputError(f"a matrix must be square and not empty, this one has shape {tuple(A.shape)}")
+    if not A.is_floating_point():
+        raise InputError(f"a matrix of dtype {A.dtype}: cast it to a real floating-point dtype")
+    A = A.detach()
+    if not torch.isfinite(A).all():
+        raise InputError("the matrix holds NaN or infinity")
+    largest = A.abs().max()
+    skew = (A - A.mT).abs().max()
+    if skew > 100 * torch.finfo(A.dtype).eps * largest:
+        raise InputError(
+            f"the matrix is not symmetric: max |A - Aᵀ| = {skew:.3g}, max |A| = {largest:.3g}; use (A + Aᵀ)/2 if meant"
+        )
+    space = A[0] if like is None else like
+    if tree.size(space) != A.shape[0]:
+        raise InputError(f"`like` has {tree.size(space)} entries, the matrix {A.shape[0]} rows")
+
+    def product(v: Tree) -> Tree:
+        return tree.unravel(tree.ravel(v, space).to(A) @ A, space)
+
+    return LinearOperator(product, space, product, description="dense matrix")
+
+
+def _foreign(A: Any) -> LinearOperator:
+    if len(A.shape) != 2 or A.shape[0] != A.shape[1] or A.shape[0] == 0:
+        raise InputError(f"a matrix must be square and not empty, this one has shape {tuple(A.shape)}")
+    given = getattr(A, "dtype", None)
+    dtype = given if isinstance(given, torch.dtype) else torch.from_numpy(np.zeros(0, given or np.float64)).dtype
+    if not dtype.is_floating_point:
+        raise InputError(f"an operator of dtype {given}: eigenfunc takes real floating-point ones")
+    like = torch.zeros(A.shape[0], dtype=dtype)
+    apply = A.matvec if hasattr(A, "matvec") else A.__matmul__
+    takes_tensors = isinstance(given, torch.dtype)
+
+    def product(v: Tensor) -> Tensor:
+        out = apply(v if takes_tensors else v.detach().cpu().numpy())
+        return torch.as_tensor(np.asarray(out) if not isinstance(out, Tensor) else out).to(v).reshape(v.shape)
+
+    return LinearOperator(product, like, description=f"{type(A).__module__.split('.')[0]} operator")

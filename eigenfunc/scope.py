@@ -1,0 +1,40 @@
+"""Global state: nothing that runs inside `untouched()` leaves a trace in it, nor depends on grad modes outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenfunc import tree
+from eigenfunc.tree import Tree
+
+
+@contextmanager
+def untouched(device: torch.device | None = None) -> Iterator[None]:
+    """Gradients on, inference mode off, and the global random state (CPU and `device`) put back at the end.
+
+    The state is put back on exceptions too. Random operations inside see the caller's state, so a model with
+    dropout draws the same masks whenever the caller's state is the same.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    devices = [device] if device is not None and device.type not in ("cpu", "meta") else []
+    kind = devices[0].type if devices else "cuda"
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices, device_type=kind):
+        yield
+
+
+def inside_transform() -> bool:
+    """Whether a torch.func transform (grad, jvp, vmap, functionalize) is active."""
+    functorch: Any = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None
+
+
+def usable(x: Tree) -> Tree:
+    """x with tensors born in inference mode copied, because autograd cannot save those."""
+    return tree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, x)

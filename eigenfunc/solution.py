@@ -1,0 +1,146 @@
+"""What a solver returns: eigenpairs with their true residuals, a verdict, and how it was reached."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eigenfunc.tree import Tree, gibibytes
+
+
+class Status(StrEnum):
+    """How a run ended; `Solution.message` adds the figures and the remedy."""
+
+    CONVERGED = "converged"
+    NOT_CONVERGED = "not converged"
+    STAGNATED = "stagnated at the noise floor"
+    INCOMPLETE = "incomplete"
+    NOT_SYMMETRIC = "not symmetric"
+    NONDETERMINISTIC = "non-deterministic products"
+
+
+class EigenPairs(NamedTuple):
+    values: Tensor  # (k,)
+    vectors: Tree  # (k, *leaf)
+    residuals: Tensor  # (k,)
+
+
+@dataclass(frozen=True)
+class Stats:
+    matvecs: int  # products with the matrix, all told
+    verification: int  # those of them that only certify: set-up, completeness probe, fresh products
+    passes: int  # sweeps over the data (calls of the operator; a block counts once)
+    restarts: int
+    seconds: float
+    basis_size: int  # vectors kept
+    basis_bytes: int
+    orthogonality: float  # max |⟨x_i, x_j⟩ − δ_ij| over the returned vectors
+    asymmetry: float  # largest |⟨u, A v⟩ − ⟨v, A u⟩| seen, relative to ‖A‖
+    norm: float  # largest ‖A q‖ seen over unit q: a lower bound of ‖A‖
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Eigenpairs of a symmetric operator, on the CPU but for `vectors`, which stay where the operator lives.
+
+    values      (k,) float64, ordered as `which` says: LM by falling magnitude, LA and BE falling, SA rising
+    vectors     (k, *leaf), orthonormal
+    residuals   (k,) float64, ‖A v − λ v‖ of unit v from fresh products, not from the recurrence
+    bounds      (k,) float64: each value lies within its bound of an eigenvalue of A, and values whose intervals
+                overlap of as many different ones (W. Kahan's theorem: Parlett, The Symmetric Eigenvalue Problem,
+                section 11.5); the noise of the products is added
+    converged   (k,) bool: residual ≤ max(tol·|λ|, noise), and nothing missed by the completeness probe, which is
+                a random one: see `eigsh`
+    noise       the measured rounding noise of the products: no residual can be told from less
+    """
+
+    values: Tensor
+    vectors: Tree
+    residuals: Tensor
+    bounds: Tensor
+    converged: Tensor
+    noise: float
+    which: str
+    tol: float
+    status: Status
+    message: str
+    stats: Stats
+
+    @property
+    def success(self) -> bool:
+        return self.status is Status.CONVERGED
+
+    @property
+    def pairs(self) -> EigenPairs:
+        return EigenPairs(self.values, self.vectors, self.residuals)
+
+    def verdicts(self) -> list[str]:
+        return ["converged" if ok else "NOT converged" for ok in self.converged.tolist()]
+
+    def table(self, extra: dict[str, list[str]] | None = None) -> str:
+        """One line an eigenpair, then what the run cost; `extra` adds columns by heading."""
+        columns: dict[str, list[str]] = {
+            "rank": [str(i + 1) for i in range(len(self.values))],
+            "λ": [f"{value:+.10e}" for value in self.values.tolist()],
+            "true residual": [f"{value:.1e}" for value in self.residuals.tolist()],
+            "bound": [f"{value:.1e}" for value in self.bounds.tolist()],
+            **(extra or {}),
+            "verdict": self.verdicts(),
+        }
+        widths = [max(len(head), *map(len, cells)) for head, cells in columns.items()]
+        lines = ["  ".join(head.rjust(w) for head, w in zip(columns, widths, strict=True))]
+        for cells in zip(*columns.values(), strict=True):
+            lines.append("  ".join(cell.rjust(w) for cell, w in zip(cells, widths, strict=True)))
+        stats = self.stats
+        lines.append(
+            f"{stats.matvecs} matvecs ({stats.verification} of them to verify), {stats.passes} passes, "
+            f"{stats.restarts} restarts, {stats.seconds:.2f} s, basis {stats.basis_size} vectors "
+            f"({gibibytes(stats.basis_bytes)}), noise {self.noise:.1e}, seed {stats.seed}"
+        )
+        lines.append(f"{self.status}: {self.message}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def report(self) -> dict[str, Any]:
+        """Everything but the vectors, as plain Python values at full precision, ready for JSON."""
+        return {
+            "values": self.values.tolist(),
+            "residuals": self.residuals.tolist(),
+            "bounds": self.bounds.tolist(),
+            "converged": self.converged.tolist(),
+            "noise": self.noise,
+            "which": self.which,
+            "tol": self.tol,
+            "status": str(self.status),
+            "message": self.message,
+            **asdict(self.stats),
+        }
+
+
+def cluster_bounds(values: Tensor, residuals: Tensor, noise: float) -> Tensor:
+    """Error bounds (k,) for Ritz values with true residual norms, grouped where their intervals overlap.
+
+    For orthonormal vectors with residual matrix R there are as many eigenvalues, counted with multiplicity, each
+    within ‖R‖₂ of its Ritz value; ‖R‖₂ is bounded by the Frobenius norm. Alone, a value needs only its own
+    residual. (W. Kahan 1967; Parlett, section 11.5.)
+    """
+    order = torch.argsort(values)
+    theta, r = values[order], residuals[order] + noise
+    bounds = r.clone()
+    while True:
+        reach = torch.cummax(theta + bounds, 0).values[:-1]
+        floor = torch.flip(torch.cummin(torch.flip(theta - bounds, [0]), 0).values, [0])[1:]
+        group = torch.cat([torch.zeros(1, dtype=torch.long), (floor > reach).long().cumsum(0)])
+        squares = torch.zeros(len(theta), dtype=r.dtype).index_add(0, group, r * r)
+        grown = torch.maximum(bounds, torch.sqrt(squares[group]))
+        if torch.equal(grown, bounds):
+            break
+        bounds = grown
+    return torch.empty_like(bounds).index_copy(0, order, bounds)

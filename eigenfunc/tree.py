@@ -1,0 +1,267 @@
+"""Vector-space algebra on pytrees of tensors; the one module that knows optree.
+
+A *vector* is a pytree of tensors. A *stack* of vectors is the same tree with one more, leading, axis on
+every leaf (the layout of `torch.func.vmap`). A bare tensor is the one-leaf tree. Sums over entries are
+carried in float64, because a float32 norm over 10^6 entries is off in its fifth digit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from eigenfunc.errors import InputError, TreeError
+
+Tree: TypeAlias = Any
+Select: TypeAlias = Callable[[str], bool] | str | Sequence[str]
+
+_SLICE = 65_536  # columns per float32 dot product before the partial sums go to float64
+
+
+def leaves(tree: Tree) -> list[Any]:
+    return optree.tree_leaves(tree)
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
+    """The leaves, and the function that puts such leaves back into the same structure."""
+    flat, spec = optree.tree_flatten(tree)
+    return flat, spec.unflatten
+
+
+def tree_map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    return optree.tree_map(f, tree, *rest)
+
+
+def names(tree: Tree) -> list[str]:
+    """A dotted name for each leaf, in the order of `leaves`; the keys themselves for a flat dict."""
+    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    return tree_map(lambda *rows: torch.stack(rows), *trees)
+
+
+def row(tree: Tree, i: int) -> Tree:
+    return tree_map(lambda leaf: leaf[i], tree)
+
+
+def rows(tree: Tree, start: int, stop: int) -> Tree:
+    return tree_map(lambda leaf: leaf[start:stop], tree)
+
+
+def add(x: Tree, y: Tree) -> Tree:
+    return tree_map(torch.add, x, y)
+
+
+def sub(x: Tree, y: Tree) -> Tree:
+    return tree_map(torch.sub, x, y)
+
+
+def scale(c: Any, x: Tree) -> Tree:
+    """c·x in the dtypes of x; a tensor `c` never widens them."""
+    return tree_map(lambda leaf: leaf * (c.to(leaf.dtype) if isinstance(c, Tensor) else c), x)
+
+
+def zeros_like(x: Tree) -> Tree:
+    return tree_map(torch.zeros_like, x)
+
+
+def size(like: Tree) -> int:
+    return sum(leaf.numel() for leaf in leaves(like))
+
+
+def device(like: Tree) -> torch.device:
+    return leaves(like)[0].device
+
+
+def work_dtype(like: Tree) -> torch.dtype:
+    """The widest leaf dtype, at least float32: what solvers compute in."""
+    dtype = torch.float32
+    for leaf in leaves(like):
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    return dtype
+
+
+def coarsest_eps(like: Tree) -> float:
+    return max(torch.finfo(leaf.dtype).eps for leaf in leaves(like))
+
+
+def randn(like: Tree, generator: torch.Generator) -> Tree:
+    """Independent standard normal entries; drawn on the generator's device, so seeds carry over devices."""
+
+    def draw(leaf: Tensor) -> Tensor:
+        wide = torch.promote_types(leaf.dtype, torch.float32)
+        sample = torch.randn(leaf.shape, generator=generator, dtype=wide, device=generator.device)
+        return sample.to(leaf)
+
+    return tree_map(draw, like)
+
+
+def gram(x: Tree, y: Tree) -> Tensor:
+    """Inner products (p, q), in float64, between the stacks x (p, *leaf) and y (q, *leaf)."""
+    total: Tensor | None = None
+    for a, b in zip(leaves(x), leaves(y), strict=True):
+        part = _gram_leaf(a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1))
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _gram_leaf(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == torch.float64 or a.shape[1] <= _SLICE:
+        return (a @ b.mT).double()
+    total = a.new_zeros((), dtype=torch.float64)
+    for start in range(0, a.shape[1], _SLICE):
+        total = total + (a[:, start : start + _SLICE] @ b[:, start : start + _SLICE].mT).double()
+    return total
+
+
+def combine(c: Tensor, x: Tree) -> Tree:
+    """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf)."""
+
+    def one(leaf: Tensor) -> Tensor:
+        out = c.to(leaf.dtype) @ leaf.reshape(leaf.shape[0], -1)
+        return out.reshape(out.shape[:1] + leaf.shape[1:])
+
+    return tree_map(one, x)
+
+
+def norms(x: Tree) -> Tensor:
+    """Euclidean norms (p,), in float64, of a stack x (p, *leaf)."""
+    parts = [
+        torch.linalg.vector_norm(leaf.reshape(leaf.shape[0], -1), dim=1, dtype=torch.float64) for leaf in leaves(x)
+    ]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+
+
+def dot(x: Tree, y: Tree) -> Tensor:
+    """⟨x, y⟩ in float64, for two single vectors."""
+    return gram(tree_map(lambda leaf: leaf[None], x), tree_map(lambda leaf: leaf[None], y))[0, 0]
+
+
+def norm(x: Tree) -> Tensor:
+    """Euclidean norm, in float64, of a single vector."""
+    return norms(tree_map(lambda leaf: leaf[None], x))[0]
+
+
+def all_finite(x: Tree) -> Tensor:
+    """0-dim bool tensor: no NaN and no infinity in any leaf."""
+    return torch.stack([torch.isfinite(leaf).all() for leaf in leaves(x)]).all()
+
+
+def ravel(x: Tree, like: Tree) -> Tensor:
+    """One flat vector (n,), or (p, n) for a stack, in the work dtype of `like`."""
+    dtype = work_dtype(like)
+    parts = [
+        leaf.reshape(*leaf.shape[: leaf.ndim - ref.ndim], -1).to(dtype)
+        for leaf, ref in zip(leaves(x), leaves(like), strict=True)
+    ]
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+
+def unravel(flat: Tensor, like: Tree, *, narrow: bool = True) -> Tree:
+    """Inverse of `ravel`. With `narrow=False` half-precision leaves stay in float32."""
+    refs, rebuild = flatten(like)
+    pieces = flat.split([ref.numel() for ref in refs], dim=-1)
+
+    def dtype(ref: Tensor) -> torch.dtype:
+        return ref.dtype if narrow else torch.promote_types(ref.dtype, torch.float32)
+
+    return rebuild(
+        [
+            piece.reshape(*piece.shape[:-1], *ref.shape).to(dtype(ref))
+            for piece, ref in zip(pieces, refs, strict=True)
+        ]
+    )
+
+
+def check_vector_space(like: Tree, what: str) -> None:
+    """Refuse trees that cannot serve as vectors: no leaf, not tensors, not real floats, several devices."""
+    flat = leaves(like)
+    if not flat or sum(leaf.numel() for leaf in flat if isinstance(leaf, Tensor)) == 0:
+        raise TreeError(f"{what} holds no tensor entries: there is nothing to differentiate by")
+    for name, leaf in zip(names(like), flat, strict=True):
+        where = f"{what}: leaf '{name}'" if name else what
+        if not isinstance(leaf, Tensor):
+            raise TreeError(
+                f"{where} is a {type(leaf).__name__}, not a tensor. Pass a pytree whose leaves are all tensors; "
+                "register your own containers with optree.register_pytree_node"
+            )
+        if leaf.is_complex():
+            raise TreeError(f"{where} is complex ({leaf.dtype}); split it with torch.view_as_real")
+        if not leaf.is_floating_point():
+            raise TreeError(f"{where} has dtype {leaf.dtype}, which has no derivative; leave it out of the selection")
+    devices = {str(leaf.device) for leaf in flat}
+    if len(devices) > 1:
+        raise TreeError(f"{what} lies on several devices ({', '.join(sorted(devices))}); move it to one")
+
+
+def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None:
+    """Raise `TreeError` unless x matches `like` in structure, shapes, dtypes and devices.
+
+    With `stacked` every leaf of x carries one more leading axis, of the same length everywhere.
+    """
+    x_leaves, x_spec = optree.tree_flatten(x)
+    refs, spec = optree.tree_flatten(like)
+    if x_spec != spec:
+        raise TreeError(f"{what} has structure {x_spec}, expected {spec}")
+    lengths = set()
+    for name, leaf, ref in zip(names(like), x_leaves, refs, strict=True):
+        where = f"{what}: leaf '{name}'" if name else what
+        if not isinstance(leaf, Tensor):
+            raise TreeError(f"{where} is a {type(leaf).__name__}, expected a tensor of shape {tuple(ref.shape)}")
+        shape = leaf.shape
+        if stacked:
+            if leaf.ndim == 0:
+                raise TreeError(f"{where} lacks the leading axis that counts the vectors")
+            lengths.add(leaf.shape[0])
+            shape = leaf.shape[1:]
+        if shape != ref.shape:
+            wanted = ("p", *ref.shape) if stacked else tuple(ref.shape)
+            raise TreeError(f"{where} has shape {tuple(leaf.shape)}, expected {wanted}")
+        if leaf.dtype != ref.dtype:
+            raise TreeError(f"{where} has dtype {leaf.dtype}, expected {ref.dtype}; cast it yourself if that is meant")
+        if leaf.device != ref.device:
+            raise TreeError(f"{where} is on {leaf.device}, expected {ref.device}")
+    if len(lengths) > 1:
+        raise TreeError(f"{what}: leaves carry different numbers of vectors: {sorted(lengths)}")
+
+
+def chosen(all_names: Sequence[str], select: Select, what: str) -> list[str]:
+    """Those of `all_names` that a predicate accepts, or that match a glob pattern, a name or a dotted prefix.
+
+    Raises `InputError` where nothing is selected or one pattern selects nothing.
+    """
+    if callable(select):
+        picked = [name for name in all_names if select(name)]
+        if not picked:
+            raise InputError(f"{what}: the predicate selects none of {_some(all_names)}")
+        return picked
+    patterns = [select] if isinstance(select, str) else list(select)
+
+    def matches(name: str, pattern: str) -> bool:
+        return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in all_names):
+            raise InputError(f"{what}: '{pattern}' selects none of {_some(all_names)}")
+    if not patterns:
+        raise InputError(f"{what}: an empty selection; the names are {_some(all_names)}")
+    return [name for name in all_names if any(matches(name, pattern) for pattern in patterns)]
+
+
+def _some(all_names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in all_names[:8])
+    return shown + (f", … ({len(all_names)} in all)" if len(all_names) > 8 else "")
+
+
+def gibibytes(num_bytes: float) -> str:
+    """A byte count for people: the largest unit that keeps it at or above one."""
+    power = min(int(math.log2(max(num_bytes, 1)) // 10), 4)
+    return f"{num_bytes / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
