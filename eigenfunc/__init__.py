@@ -1,5 +1,7 @@
 """Eigenvalues, eigenvectors and spectra of the curvature of any PyTorch loss, from matrix-vector products alone."""
 
+from eigenfunc._version import __version__
+from eigenfunc.compat import compute_hessian_eigenthings
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.curvature.products import hvp
 from eigenfunc.data import Batches
@@ -9,9 +11,8 @@ from eigenfunc.krylov.lanczos import Tridiagonal, lanczos
 from eigenfunc.krylov.power import power
 from eigenfunc.objective import Objective, functional_loss
 from eigenfunc.operator import LinearOperator, aslinearoperator
+from eigenfunc.power_iteration import power_iteration
 from eigenfunc.solution import EigenPairs, Solution, Status
-
-from eigenfunc._version import __version__
 
 __all__ = [
     "Batches",
@@ -22,11 +23,15 @@ __all__ = [
     "Objective",
     "Solution",
     "Status",
+    "Tridiagonal",
+    "__version__",
     "aslinearoperator",
+    "compute_hessian_eigenthings",
     "eigsh",
     "functional_loss",
     "hessian",
     "hvp",
     "lanczos",
     "power",
+    "power_iteration",
 ]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.errors import NonFiniteError, TransformError
+from eigenfunc.errors import InputError, NonFiniteError, TransformError
 from eigenfunc.krylov import basis
-from eigenfunc.operator import LinearOperator
+from eigenfunc.operator import LinearOperator, MatVec
+from eigenfunc.tree import Tree
 
 _EPS = torch.finfo(torch.float64).eps  # of the small projected problem
 
@@ -44,26 +45,29 @@ class Products:
         self.matvecs += block.shape[0]
         self.passes += 1
         vs = tree.unravel(block, self.A.like)
-        if block.shape[0] == 1:
-            image = tree.tree_map(lambda leaf: leaf[None], self.A.matvec(tree.row(vs, 0)))
-        else:
-            image = self.A.matmat(vs)
+        single = block.shape[0] == 1
+        image = tree.lifted(self.A.matvec(tree.row(vs, 0))) if single else self.A.matmat(vs)
         flat = tree.ravel(image, self.A.like)
-        return flat if self.scale == 1.0 else flat / self.scale
+        return flat if self.scale == 1.0 else torch.div(flat, self.scale)
+
+    def minibatch(self, matvec: MatVec, v: Tensor) -> Tensor:
+        """The flat product (n,) with a stand-in for A, one of its mini-batches."""
+        self.matvecs += 1
+        flat = tree.ravel(matvec(tree.unravel(v, self.A.like)), self.A.like)
+        return torch.div(flat, self.scale)
 
     def random(self, generator: torch.Generator) -> Tensor:
         """A unit vector (1, n), uniform on the sphere."""
         x = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.dtype)
-        return (x / x.norm()).to(self.device)
+        return torch.div(x, torch.linalg.vector_norm(x)).to(self.device)
 
     def calibrate(self, generator: torch.Generator) -> None:
         """Two products with one random vector: checks their shape, sets `scale`, measures `noise`."""
         u = self.random(generator)
-        v = tree.row(tree.unravel(u, self.A.like), 0)
-        tree.check_like(self.A.matvec(v), self.A.like, "the operator's product")
+        product = self.A.matvec(tree.row(tree.unravel(u, self.A.like), 0))
+        tree.check_like(product, self.A.like, "the operator's product")
         self.matvecs, self.passes = 1, 1
-        image = self(u)
-        self.matvecs, self.passes = 1, 1
+        image = tree.ravel(product, self.A.like)[None]
         largest = float(image.abs().max())
         if not math.isfinite(largest):
             raise NonFiniteError(non_finite(0))
@@ -104,14 +108,40 @@ class Certified(NamedTuple):
 
 def certify(products: Products, x: Tensor) -> Certified:
     """Rayleigh–Ritz in the span of x (k, n) with k fresh products. Parlett, section 11.3."""
-    x, _, _ = basis.orthonormalise(x, torch.zeros((), dtype=torch.float64, device=x.device))
+    x = basis.orthonormalise(x)
     image = products(x)
-    g = tree.gram(x, image)
+    g = tree.exact_gram(x, image)
     values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
     turn = u.mT.to(x.device)
     x, image = tree.combine(turn, x), tree.combine(turn, image)
     residuals = tree.norms(image - values.to(x)[:, None] * x).cpu()
     if not bool(torch.isfinite(residuals).all()):
         raise NonFiniteError(non_finite(products.matvecs))
-    off = tree.gram(x, x) - torch.eye(len(values), dtype=torch.float64, device=x.device)
+    off = tree.exact_gram(x, x) - torch.eye(len(values), dtype=torch.float64, device=x.device)
     return Certified(values, x, residuals, float((g - g.mT).abs().max()), float(off.abs().max()))
+
+
+def whole(value: Any, what: str, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise InputError(f"{what} must be an integer of at least {least}, got {value!r}")
+    return int(value.__index__())
+
+
+def seeded(seed: int | None) -> tuple[torch.Generator, int]:
+    """A CPU generator of its own, and the seed it starts from."""
+    generator = torch.Generator()
+    if seed is None:
+        seed = generator.seed() % 2**31
+    return generator.manual_seed(whole(seed, "seed", 0)), seed
+
+
+def start_vector(v0: Tree | None, products: Products, generator: torch.Generator) -> Tensor:
+    if v0 is None:
+        return products.random(generator)
+    tree.check_like(v0, products.A.like, "v0")
+    flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach(), v0), products.A.like)[None]
+    largest = float(flat.abs().max())
+    if largest == 0 or not math.isfinite(largest):
+        raise InputError("v0 is zero" if largest == 0 else "v0 holds NaN or infinity")
+    unit: Tensor = basis.normalised(flat / largest, torch.zeros((), dtype=torch.float64, device=flat.device))[0]
+    return unit

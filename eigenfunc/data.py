@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -79,6 +80,48 @@ class Batches:
                 "say how much it counts: Batches(data, weight=lambda batch: ...)"
             )
         return float(sizes.pop())
+
+
+class Reader:
+    """Passes over the data that draw random numbers from a stream of their own, not from the user's.
+
+    A shuffling loader so sees another order in each pass, as in training, and the user's generators, the global
+    one and the loader's, stand afterwards where they stood before.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self.batches = batches
+        self.device = device
+        own = getattr(batches.data, "generator", None)
+        self._generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
+        self._states = [generator.get_state() for generator in self._generators]
+
+    def one_pass(self) -> Iterator[tuple[int, float, Any]]:
+        """(index, weight, batch) of each batch."""
+        with self._stream():
+            iterator = iter(self.batches)
+        index = 0
+        while True:
+            with self._stream():
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                weight = self.batches.weigh(batch, index)
+            yield index, weight, batch
+            index += 1
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        theirs = [generator.get_state() for generator in self._generators]
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
+        try:
+            yield
+        finally:
+            self._states = [generator.get_state() for generator in self._generators]
+            for generator, state in zip(self._generators, theirs, strict=True):
+                generator.set_state(state)
 
 
 def as_batches(data: Any) -> Batches:

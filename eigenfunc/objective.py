@@ -47,7 +47,8 @@ class Objective:
     def __call__(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
         if self.loss_fn is not None:
             loss_fn = self.loss_fn
-            return self._apply(params, lambda module: loss_fn(module, batch))
+            value: Tensor = self._apply(params, lambda module: loss_fn(module, batch))
+            return value
         if self.criterion is not None:
             inputs, targets = _pair(batch)
             return self.criterion(self.predict(params, inputs), targets)
@@ -57,7 +58,7 @@ class Objective:
                 f"this one is a {type(batch).__name__}; pass criterion= for (inputs, targets) or loss_fn= for the rest"
             )
         output = self._apply(params, lambda module: module(**batch))
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        loss: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
             raise ObjectiveError(
                 "the module's output has no `loss`; put the labels into the batch, or pass criterion= or loss_fn="

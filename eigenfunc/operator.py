@@ -128,8 +128,8 @@ class LinearOperator:
 
         def single(matvec: MatVec) -> MatVec:
             def product(v: Tree) -> Tree:
-                lifted = tree.tree_map(lambda leaf: leaf[None], v)
-                return tree.row(remove(tree.tree_map(lambda leaf: leaf[None], matvec(v)), lifted), 0)
+                lifted = tree.lifted(v)
+                return tree.row(remove(tree.lifted(matvec(v)), lifted), 0)
 
             return product
 
@@ -216,7 +216,9 @@ def aslinearoperator(A: Any, like: Tree | None = None) -> LinearOperator:
         return _foreign(A)
     if callable(A):
         if like is None:
-            raise InputError("a callable needs `like`, a pytree shaped as its vectors: aslinearoperator(A, like=params)")
+            raise InputError(
+                "a callable needs `like`, a pytree shaped as its vectors: aslinearoperator(A, like=params)"
+            )
         return LinearOperator(A, like, description="user's product")
     raise InputError(
         f"cannot read a matrix out of a {type(A).__name__}: pass a tensor, a callable with `like`, "

@@ -21,7 +21,8 @@ from eigenfunc.errors import InputError, TreeError
 Tree: TypeAlias = Any
 Select: TypeAlias = Callable[[str], bool] | str | Sequence[str]
 
-_SLICE = 65_536  # columns per float32 dot product before the partial sums go to float64
+_SLICE = 4_096  # entries of a float32 dot product before the partial sums go to float64
+_COLUMNS = 1_048_576  # entries of each vector that are held in float64 at a time
 
 
 def leaves(tree: Tree) -> list[Any]:
@@ -55,6 +56,11 @@ def rows(tree: Tree, start: int, stop: int) -> Tree:
     return tree_map(lambda leaf: leaf[start:stop], tree)
 
 
+def lifted(x: Tree) -> Tree:
+    """A single vector as a stack of one."""
+    return tree_map(lambda leaf: leaf[None], x)
+
+
 def add(x: Tree, y: Tree) -> Tree:
     return tree_map(torch.add, x, y)
 
@@ -77,7 +83,8 @@ def size(like: Tree) -> int:
 
 
 def device(like: Tree) -> torch.device:
-    return leaves(like)[0].device
+    first: Tensor = leaves(like)[0]
+    return first.device
 
 
 def work_dtype(like: Tree) -> torch.dtype:
@@ -103,22 +110,41 @@ def randn(like: Tree, generator: torch.Generator) -> Tree:
     return tree_map(draw, like)
 
 
+def matrix(leaf: Tensor) -> Tensor:
+    """A leaf of a stack, (p, *shape), as a matrix (p, entries)."""
+    return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+
+
 def gram(x: Tree, y: Tree) -> Tensor:
     """Inner products (p, q), in float64, between the stacks x (p, *leaf) and y (q, *leaf)."""
     total: Tensor | None = None
     for a, b in zip(leaves(x), leaves(y), strict=True):
-        part = _gram_leaf(a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1))
+        part = _gram_leaf(matrix(a), matrix(b))
         total = part if total is None else total + part
     assert total is not None
     return total
 
 
 def _gram_leaf(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype == torch.float64 or a.shape[1] <= _SLICE:
+    length = a.shape[1]
+    if a.dtype == torch.float64 or length <= _SLICE:
         return (a @ b.mT).double()
-    total = a.new_zeros((), dtype=torch.float64)
-    for start in range(0, a.shape[1], _SLICE):
-        total = total + (a[:, start : start + _SLICE] @ b[:, start : start + _SLICE].mT).double()
+    count = length // _SLICE
+    even = count * _SLICE
+    left = a[:, :even].unflatten(1, (count, _SLICE)).transpose(0, 1)
+    right = b[:, :even].unflatten(1, (count, _SLICE)).permute(1, 2, 0)
+    return torch.bmm(left, right).double().sum(0) + (a[:, even:] @ b[:, even:].mT).double()
+
+
+def exact_gram(x: Tree, y: Tree) -> Tensor:
+    """As `gram`, but in float64 throughout: for the few inner products that end up in a result."""
+    total: Tensor | None = None
+    for a, b in zip(leaves(x), leaves(y), strict=True):
+        for start in range(0, max(matrix(a).shape[1], 1), _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            part = matrix(a)[:, columns].double() @ matrix(b)[:, columns].double().mT
+            total = part if total is None else total + part
+    assert total is not None
     return total
 
 
@@ -126,7 +152,7 @@ def combine(c: Tensor, x: Tree) -> Tree:
     """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf)."""
 
     def one(leaf: Tensor) -> Tensor:
-        out = c.to(leaf.dtype) @ leaf.reshape(leaf.shape[0], -1)
+        out = c.to(leaf.dtype) @ matrix(leaf)
         return out.reshape(out.shape[:1] + leaf.shape[1:])
 
     return tree_map(one, x)
@@ -134,20 +160,19 @@ def combine(c: Tensor, x: Tree) -> Tree:
 
 def norms(x: Tree) -> Tensor:
     """Euclidean norms (p,), in float64, of a stack x (p, *leaf)."""
-    parts = [
-        torch.linalg.vector_norm(leaf.reshape(leaf.shape[0], -1), dim=1, dtype=torch.float64) for leaf in leaves(x)
-    ]
-    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    parts = [torch.linalg.vector_norm(matrix(leaf), dim=1, dtype=torch.float64) for leaf in leaves(x)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return total
 
 
 def dot(x: Tree, y: Tree) -> Tensor:
     """⟨x, y⟩ in float64, for two single vectors."""
-    return gram(tree_map(lambda leaf: leaf[None], x), tree_map(lambda leaf: leaf[None], y))[0, 0]
+    return gram(lifted(x), lifted(y))[0, 0]
 
 
 def norm(x: Tree) -> Tensor:
     """Euclidean norm, in float64, of a single vector."""
-    return norms(tree_map(lambda leaf: leaf[None], x))[0]
+    return norms(lifted(x))[0]
 
 
 def all_finite(x: Tree) -> Tensor:
@@ -168,16 +193,13 @@ def ravel(x: Tree, like: Tree) -> Tensor:
 def unravel(flat: Tensor, like: Tree, *, narrow: bool = True) -> Tree:
     """Inverse of `ravel`. With `narrow=False` half-precision leaves stay in float32."""
     refs, rebuild = flatten(like)
-    pieces = flat.split([ref.numel() for ref in refs], dim=-1)
+    pieces = torch.split(flat, [ref.numel() for ref in refs], dim=-1)
 
     def dtype(ref: Tensor) -> torch.dtype:
         return ref.dtype if narrow else torch.promote_types(ref.dtype, torch.float32)
 
     return rebuild(
-        [
-            piece.reshape(*piece.shape[:-1], *ref.shape).to(dtype(ref))
-            for piece, ref in zip(pieces, refs, strict=True)
-        ]
+        [piece.reshape(*piece.shape[:-1], *ref.shape).to(dtype(ref)) for piece, ref in zip(pieces, refs, strict=True)]
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from eigenfunc import scope, tree
 from eigenfunc.curvature import products
 from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.products import WAYS, Loss, Product
-from eigenfunc.data import Batches, as_batches, average
+from eigenfunc.data import Batches, Reader, as_batches, average
 from eigenfunc.errors import DataError, DataWarning, InputError, ObjectiveError
 from eigenfunc.operator import LinearOperator, MatVec
 from eigenfunc.tree import Tree
@@ -61,7 +62,7 @@ def hessian(
         return LinearOperator(_pure(loss, params, batches), params, description="Hessian by hvp, inside a transform")
     with scope.untouched(device):
         point = scope.usable(tree.tree_map(lambda leaf: leaf.detach(), params))
-    reader = _Reader(batches.on(device), device)
+    reader = Reader(batches.on(device), device)
     if not all(bool(torch.isfinite(leaf).all()) for leaf in tree.leaves(point)):
         bad = [n for n, leaf in zip(tree.names(point), tree.leaves(point), strict=True) if not leaf.isfinite().all()]
         raise ObjectiveError(f"parameter '{bad[0]}' holds NaN or infinity")
@@ -75,9 +76,7 @@ def hessian(
     return _assemble(loss, point, reader, product, cache, chunk, words)
 
 
-def _assemble(
-    loss: Loss, point: Tree, reader: _Reader, way: str, cache: int, chunk: int, words: str
-) -> LinearOperator:
+def _assemble(loss: Loss, point: Tree, reader: Reader, way: str, cache: int, chunk: int, words: str) -> LinearOperator:
     refs, rebuild = tree.flatten(point)
 
     def prepare(batch: Any) -> Product:
@@ -87,14 +86,14 @@ def _assemble(
 
     def parts() -> Iterator[tuple[float, Callable[[], Product]]]:
         if kept is not None:
-            yield from ((weight, lambda made=made: made) for weight, made in kept)
+            yield from ((weight, partial(_same, made)) for weight, made in kept)
             return
         for index, weight, batch in reader.one_pass():
-            yield weight, lambda index=index, batch=batch: _prepared(prepare, batch, index)
+            yield weight, partial(_prepared, prepare, batch, index)
 
     def total(use: Callable[[Product], Tree]) -> Tree:
         with scope.untouched(reader.device), mended():
-            return average(((w, lambda make=make: use(make())) for w, make in parts()), reader.batches.reduction)
+            return average(((w, partial(_applied, use, make)) for w, make in parts()), reader.batches.reduction)
 
     pure = _pure(loss, point, reader.batches)
 
@@ -113,9 +112,9 @@ def _assemble(
         while True:
             for weight, make in parts():
                 share = weight * len(weights) / whole
-                yield lambda v, make=make, share=share: one(make, v, share)
+                yield partial(one, make, share)
 
-    def one(make: Callable[[], Product], v: Tree, share: float) -> Tree:
+    def one(make: Callable[[], Product], share: float, v: Tree) -> Tree:
         with scope.untouched(reader.device), mended():
             return tree.scale(share, rebuild(make()(tree.leaves(v))))
 
@@ -128,7 +127,7 @@ def _pure(loss: Loss, params: Tree, batches: Batches) -> MatVec:
         def parts() -> Iterator[tuple[float, Callable[[], Tree]]]:
             for index, batch in enumerate(batches):
                 weight = batches.weigh(batch, index)
-                yield weight, lambda batch=batch: products.hvp(loss, params, batch, v)
+                yield weight, partial(products.hvp, loss, params, batch, v)
 
         return average(parts(), batches.reduction)
 
@@ -151,13 +150,23 @@ def _in_chunks(product: Any, vs: list[Tensor], chunk: int, way: str) -> list[Ten
 
 def _prepared(prepare: Callable[[Any], Product], batch: Any, index: int) -> Product:
     """The product of one batch; its random operations draw the same numbers each time."""
-    torch.manual_seed(torch.initial_seed() + index)
+    _seed(index)
     return prepare(batch)
 
 
-def _keep(
-    reader: _Reader, prepare: Callable[[Any], Product], budget: int
-) -> list[tuple[float, Product]] | None:
+def _seed(index: int) -> None:
+    torch.manual_seed(torch.initial_seed() + index)
+
+
+def _same(product: Product) -> Product:
+    return product
+
+
+def _applied(use: Callable[[Product], Tree], make: Callable[[], Product]) -> Tree:
+    return use(make())
+
+
+def _keep(reader: Reader, prepare: Callable[[Any], Product], budget: int) -> list[tuple[float, Product]] | None:
     """The products of all batches with their graphs, or None where those would not fit into `budget` bytes."""
     kept: list[tuple[float, Product]] = []
     used = 0
@@ -193,60 +202,19 @@ def _counted() -> Iterator[dict[int, int]]:
         yield storages
 
 
-class _Reader:
-    """Passes over the data that draw random numbers from a stream of their own, not from the user's.
-
-    A shuffling loader so sees another order in each pass, as in training, and the user's generators, the global
-    one and the loader's, stand afterwards where they stood before.
-    """
-
-    def __init__(self, batches: Batches, device: torch.device) -> None:
-        self.batches = batches
-        self.device = device
-        own = getattr(batches.data, "generator", None)
-        self._generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
-        self._states = [generator.get_state() for generator in self._generators]
-
-    def one_pass(self) -> Iterator[tuple[int, float, Any]]:
-        """(index, weight, batch) of each batch."""
-        with self._stream():
-            iterator = iter(self.batches)
-        index = 0
-        while True:
-            with self._stream():
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-                weight = self.batches.weigh(batch, index)
-            yield index, weight, batch
-            index += 1
-
-    @contextmanager
-    def _stream(self) -> Iterator[None]:
-        theirs = [generator.get_state() for generator in self._generators]
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
-        try:
-            yield
-        finally:
-            self._states = [generator.get_state() for generator in self._generators]
-            for generator, state in zip(self._generators, theirs, strict=True):
-                generator.set_state(state)
-
-
-def _check_data(loss: Loss, point: Tree, reader: _Reader) -> None:
+def _check_data(loss: Loss, point: Tree, reader: Reader) -> None:
     """Read the data twice: every loss finite, and the same mean in both passes."""
 
     def mean() -> Tensor:
         def parts() -> Iterator[tuple[float, Callable[[], Tensor]]]:
             for index, weight, batch in reader.one_pass():
-                yield weight, lambda index=index, batch=batch: value(index, batch)
+                yield weight, partial(value, index, batch)
 
-        return average(parts(), reader.batches.reduction)
+        out: Tensor = average(parts(), reader.batches.reduction)
+        return out
 
     def value(index: int, batch: Any) -> Tensor:
-        torch.manual_seed(torch.initial_seed() + index)
+        _seed(index)
         with torch.no_grad():
             out = products.scalar(loss(point, batch)).double()
         if not bool(torch.isfinite(out)):
@@ -269,12 +237,11 @@ def _check_data(loss: Loss, point: Tree, reader: _Reader) -> None:
         )
 
 
-def _prove(loss: Loss, point: Tree, reader: _Reader) -> products.Proof:
+def _prove(loss: Loss, point: Tree, reader: Reader) -> products.Proof:
     for index, weight, batch in reader.one_pass():
         if weight == 0:
             continue
         f = products.of_leaves(loss, batch, point)
-        seed = torch.initial_seed() + index
         with scope.untouched(reader.device), mended():
-            return products.prove(f, tree.leaves(point), tree.names(point), lambda: torch.manual_seed(seed))
+            return products.prove(f, tree.leaves(point), tree.names(point), partial(_seed, index))
     raise DataError("the data is empty: no batch, or none with a positive weight")

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -24,31 +23,34 @@ def _reduced(x: Tensor, reduction: str) -> Tensor:
     return x.mean() if reduction == "mean" else x.sum() if reduction == "sum" else x
 
 
-def _mse_loss(
-    input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean", weight: Any = None
-) -> Tensor:
-    if size_average is not None or reduce is not None or weight is not None:
-        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
+def _mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     return _reduced((input - target) ** 2, reduction)
 
 
-def _huber_loss(
-    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Any = None
-) -> Tensor:
-    if weight is not None:
-        return F.huber_loss(input, target, reduction, delta, weight)
+def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0) -> Tensor:
     error = input - target
     size = error.abs()
     return _reduced(torch.where(size <= delta, error**2 / 2, delta * (size - delta / 2)), reduction)
 
 
-class ElementaryLosses(TorchFunctionMode):
-    """Losses whose fused kernels lack a forward derivative of their backward, in elementary operations."""
+_ELEMENTARY: dict[Any, tuple[Callable[..., Tensor], frozenset[str]]] = {
+    nn.functional.mse_loss: (_mse_loss, frozenset({"reduction"})),
+    nn.functional.huber_loss: (_huber_loss, frozenset({"reduction", "delta"})),
+}
 
-    swaps: dict[Callable[..., Any], Callable[..., Any]] = {F.mse_loss: _mse_loss, F.huber_loss: _huber_loss}
+
+class ElementaryLosses(TorchFunctionMode):
+    """Losses whose fused kernels lack a forward derivative of their backward, in elementary operations.
+
+    Calls with options that the elementary formula does not know (sample weights, say) pass through.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.swaps.get(func, func)(*args, **(kwargs or {}))
+        named = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        formula, known = _ELEMENTARY.get(func, (None, frozenset()))
+        if formula is None or len(args) != 2 or not named.keys() <= known:
+            return func(*args, **(kwargs or {}))
+        return formula(*args, **named)
 
 
 @contextmanager

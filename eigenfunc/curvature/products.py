@@ -75,7 +75,7 @@ _INDEPENDENT = (
 
 def vjp(f: Function, point: Sequence[Tensor]) -> Product:
     """`torch.func.vjp` of `grad`: the kept graph in functional form."""
-    _, pull = torch.func.vjp(torch.func.grad(f), list(point))
+    pull: Any = torch.func.vjp(torch.func.grad(f), list(point))[1]
     return lambda v: list(pull(list(v))[0])
 
 
@@ -129,7 +129,7 @@ def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], fresh: Ca
         try:
             product = way(f, point)
             image = product(v)
-            skew, size = _asymmetry(u, v, product(u), image) if not products else (0.0, 1.0)
+            skew, size = (0.0, 1.0) if products else _asymmetry(u, v, product(u), image)
         except EigenfuncError:
             raise
         except (RuntimeError, NotImplementedError, TypeError) as error:

@@ -57,56 +57,43 @@ def subtract(block: Tree, coefficients: Tensor, basis: Tree) -> Tree:
     """block (b, *leaf) − coefficientsᵀ basis, for coefficients (p, b) and a basis (p, *leaf)."""
 
     def one(w: Tensor, v: Tensor) -> Tensor:
-        flat = torch.addmm(
-            w.reshape(w.shape[0], -1), coefficients.mT.to(w.dtype), v.reshape(v.shape[0], -1), alpha=-1
-        )
+        flat = torch.addmm(tree.matrix(w), coefficients.mT.to(w.dtype), tree.matrix(v), alpha=-1)
         return flat.reshape(w.shape)
 
     return tree.tree_map(one, block, basis)
 
 
-def orthonormalise(block: Tree, floor: Tensor) -> tuple[Tree, Tensor, Tensor]:
-    """Q (b, *leaf), R (b, b) and `alive` (b,) with block = Rᵀ Q and the rows of Q orthonormal or zero.
+def orthonormalise(block: Tree) -> Tree:
+    """An orthonormal stack (b, *leaf) with the span of `block`, whose rows must be independent.
 
-    Directions of length at most `floor` are given up: their rows of Q and R are zero and `alive` is 0.
-    A single vector is divided by its norm. A block goes twice through its float64 Gram matrix, scaled by its
-    diagonal (SVQB of Stathopoulos & Wu, SIAM J. Sci. Comput. 23, 2002), which, unlike Cholesky, takes
-    dependent rows.
+    Goes twice through the float64 Gram matrix scaled by its diagonal, small eigenvalues lifted (SVQB of Stathopoulos
+    & Wu, SIAM J. Sci. Comput. 23, 2002).
     """
-    if tree.leaves(block)[0].shape[0] == 1:
-        length = torch.sqrt(tree.gram(block, block))
-        alive = (length > floor).to(length.dtype)
-        q = tree.combine(alive / torch.where(alive > 0, length, 1.0), block)
-        return q, alive * length, alive[0]
-    q, r = _svqb(block, floor)
-    q, again = _svqb(q, torch.zeros_like(floor))
-    r = again @ r
-    alive = (torch.linalg.vector_norm(r, dim=1) > floor).to(r.dtype)
-    return tree.combine(torch.diag_embed(alive), q), alive[:, None] * r, alive
+    for _ in range(2):
+        g = tree.exact_gram(block, block)
+        lengths = torch.sqrt(torch.diagonal(g))
+        values, vectors = torch.linalg.eigh(g / (lengths[:, None] * lengths[None, :]))
+        eps = torch.finfo(tree.leaves(block)[0].dtype).eps
+        root = torch.sqrt(values.clamp_min(len(lengths) * eps))
+        block = tree.combine(vectors.mT / (root[:, None] * lengths[None, :]), block)
+    return block
 
 
-def _svqb(block: Tree, floor: Tensor) -> tuple[Tree, Tensor]:
-    g = tree.gram(block, block)
-    lengths = torch.sqrt(torch.diagonal(g))
-    usable = lengths > floor
-    inverse = usable / torch.where(usable, lengths, 1.0)
-    values, vectors = torch.linalg.eigh(inverse[:, None] * g * inverse[None, :])
-    eps = torch.finfo(tree.leaves(block)[0].dtype).eps
-    kept = values > 100 * eps
-    root = torch.sqrt(torch.where(kept, values, 1.0))
-    to_q = (kept / root)[:, None] * vectors.mT * inverse[None, :]
-    to_r = (kept * root)[:, None] * vectors.mT * lengths[None, :]
-    return tree.combine(to_q, block), to_r
+def normalised(vector: Tree, floor: Tensor) -> tuple[Tree, Tensor, Tensor]:
+    """The row `vector` (1, *leaf) at length one, its length (1, 1), and `alive` (1,): 1, or 0 where the length is at
+    most `floor` and the row is given up: then row and length come out as zero."""
+    length = tree.norms(vector)[:, None]
+    alive = (length > floor).to(length.dtype)
+    return tree.combine(alive / torch.where(alive > 0, length, 1.0), vector), alive * length, alive[0]
 
 
 def orthogonal_to(vector: Tree, basis: Tree) -> Tree:
     """`vector` (1, *leaf) made orthogonal to the rows of `basis`, three times over, and of norm one."""
+    zero = torch.zeros_like(tree.norms(vector)[0])
     for _ in range(3):
-        length = tree.norms(vector)
-        vector = tree.combine(torch.diag_embed(1 / torch.where(length > 0, length, 1.0)), vector)
+        vector, _, _ = normalised(vector, zero)
         vector = subtract(vector, tree.gram(basis, vector), basis)
-    length = tree.norms(vector)
-    return tree.combine(torch.diag_embed(1 / torch.where(length > 0, length, 1.0)), vector)
+    return normalised(vector, zero)[0]
 
 
 def rotate(basis: Tree, s: Tensor, tail: int) -> Tree:
@@ -117,7 +104,7 @@ def rotate(basis: Tree, s: Tensor, tail: int) -> Tree:
     j, p = s.shape
 
     def one(leaf: Tensor) -> Tensor:
-        flat = leaf.reshape(leaf.shape[0], -1)
+        flat = tree.matrix(leaf)
         weights = s.mT.to(leaf.dtype)
         for start in range(0, flat.shape[1], _SLICE):
             columns = flat[:, start : start + _SLICE]

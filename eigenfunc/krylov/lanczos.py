@@ -1,12 +1,13 @@
-"""Block Lanczos with full reorthogonalisation and thick restart, as pure functions over a state of tensors.
+"""Lanczos with full reorthogonalisation and thick restart, as pure functions over a state of tensors.
 
-The state holds the basis V, whose first j rows are orthonormal and whose next b rows are the coming block, and
-the projected matrix T = V A Vᵀ, measured and not assumed. Rows below the finished part of T hold what symmetry
-predicts for the coming columns; the difference to what is then measured is a free test of symmetry.
+The state holds the basis V, whose first j rows are orthonormal and multiplied, and behind them the coming rows: the
+residual directions of what has been multiplied, one as a rule, more in a band (A. Ruhe, Math. Comp. 33, 1979). The
+projected matrix T = V A Vᵀ is measured and not assumed. Its rows below the finished part hold what symmetry predicts
+for the coming columns; the difference to what is then measured is a free test of symmetry.
 
-The functions know neither tolerance nor the number of wanted pairs: `eigsh` drives them, `lanczos` runs a fixed
-number of steps. C. Lanczos, J. Res. Nat. Bur. Stand. 45 (1950); thick restart: K. Wu and H. Simon, SIAM J. Matrix
-Anal. Appl. 22 (2000).
+The functions know neither tolerance nor the number of wanted pairs: a driver does, and `lanczos` runs a fixed number
+of steps. C. Lanczos, J. Res. Nat. Bur. Stand. 45 (1950); thick restart: K. Wu and H. Simon, SIAM J. Matrix Anal.
+Appl. 22 (2000).
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ Again = Callable[[Tensor], bool]
 
 
 class State(NamedTuple):
-    basis: Tree  # (m + b, *leaf)
-    t: Tensor  # (m + b, m + b) float64: the projected matrix, and the predicted coupling below it
-    alive: Tensor  # (m + b,) float64: 0 where a basis row was given up at a breakdown
+    basis: Tree  # (rows, *leaf)
+    t: Tensor  # (rows, rows) float64: the projected matrix, and the predicted coupling below it
+    alive: Tensor  # (rows,) float64: 0 where a basis row was given up at a breakdown
     anorm: Tensor  # () float64: largest ‖A q‖ seen, a lower bound of ‖A‖
     asym: Tensor  # () float64: largest departure from symmetry seen, in units of A
     finite: Tensor  # () bool: no product so far held NaN or infinity
@@ -38,77 +39,75 @@ def _always(large: Tensor) -> bool:
     return True
 
 
-def init(block: Tree, product: Tree, num_rows: int) -> State:
-    """State for an orthonormal first block (b, *leaf); `product`, its image, only lends shape and batching."""
-    b = tree.leaves(block)[0].shape[0]
-    like = tree.add(block, product)
-    basis = vectors.write(vectors.allocate(like, num_rows + b), 0, block)
+def init(q: Tree, product: Tree, num_rows: int) -> State:
+    """State for a unit vector q (1, *leaf); `product`, its image, only lends dtype and batching."""
+    like = tree.add(q, product)
+    basis = vectors.write(vectors.allocate(like, num_rows), 0, q)
     g = tree.gram(like, like)
     zero = g.new_zeros(())
-    alive = vectors.write(g.new_zeros(num_rows + b), 0, g.new_ones(b))
-    return State(basis, g.new_zeros(num_rows + b, num_rows + b), alive, zero, zero, zero == 0)
+    alive = vectors.write(g.new_zeros(num_rows), 0, g.new_ones(1))
+    return State(basis, g.new_zeros(num_rows, num_rows), alive, zero, zero, zero == 0)
 
 
-def absorb(state: State, product: Tree, j: int, *, again: Again = _always) -> State:
-    """Take in the product of A with rows [j, j+b) and write the next block into rows [j+b, j+2b).
+def absorb(state: State, product: Tree, j: int, width: int = 1, *, again: Again = _always) -> State:
+    """Take in the product (1, *leaf) of A with row j, the first of `width` coming rows; the next one is row j+width.
 
     The terms of the three-term recurrence go first, then one classical Gram–Schmidt pass over the whole basis,
     which sees only what they left over; `again` says whether its coefficients were so large (over 5% of what
     remains) that a second pass is due. Without it the second pass is always made, and nothing is read.
     """
     basis, t = state.basis, state.t
-    b = tree.leaves(product)[0].shape[0]
-    stop = j + b
-    near = max(j - b, 0)
-    local = tree.gram(tree.rows(basis, near, stop), product)
-    rest = vectors.subtract(product, local, tree.rows(basis, near, stop))
-    seen = tree.rows(basis, 0, stop)
+    last = j + width
+    near = max(j - 1, 0)
+    local = tree.gram(tree.rows(basis, near, last), product)
+    rest = vectors.subtract(product, local, tree.rows(basis, near, last))
+    seen = tree.rows(basis, 0, last)
     far = tree.gram(seen, rest)
     rest = vectors.subtract(rest, far, seen)
     c = torch.cat([far[:near], far[near:] + local])
-    if again(torch.linalg.vector_norm(far) > 0.05 * torch.linalg.vector_norm(tree.norms(rest))):
+    if again(torch.linalg.vector_norm(far) > 0.05 * tree.norms(rest)[0]):
         far = tree.gram(seen, rest)
         rest = vectors.subtract(rest, far, seen)
         c = c + far
 
-    predicted = torch.cat([t[j:stop, :j].mT, c[j:].mT])
-    skew = torch.where(torch.isnan(predicted), 0.0, (c - predicted).abs()).amax()
-    inner = (c[j:] + c[j:].mT) / 2
     finite = state.finite & tree.all_finite(product)
-    length = torch.sqrt((c * c).sum(0) + tree.norms(rest) ** 2).amax()
+    length = torch.sqrt((c * c).sum() + tree.norms(rest)[0] ** 2)
     anorm = torch.maximum(state.anorm, torch.where(finite, length, 0.0))
     eps = torch.finfo(tree.leaves(product)[0].dtype).eps
-    q, r, alive = vectors.orthonormalise(rest, 10 * eps * anorm)
+    q, r, alive = vectors.normalised(rest, 10 * eps * anorm)
+    predicted = t[j, :j]
+    skew = torch.where(torch.isnan(predicted), 0.0, (c[:j, 0] - predicted).abs())
+    skew = torch.cat([skew, skew.new_zeros(1)]).amax()
 
-    columns = torch.cat([c[:j], inner, r, t.new_zeros(t.shape[0] - stop - b, b)])
-    mirrored = torch.cat([c[:j].mT, columns[j:stop], t.new_zeros(b, t.shape[1] - stop)], dim=1)
-    t = vectors.write(t, j, mirrored)
-    t = vectors.write(t.mT, j, columns.mT).mT
+    column = torch.cat([c, r, c.new_zeros(t.shape[0] - last - 1, 1)])
+    row = torch.cat([c[: j + 1].mT, c.new_zeros(1, t.shape[1] - j - 1)], dim=1)
+    t = vectors.write(t, j, row)
+    t = vectors.write(t.mT, j, column.mT).mT
     return State(
-        vectors.write(basis, stop, q),
+        vectors.write(basis, last, q),
         t,
-        vectors.write(state.alive, stop, alive),
+        vectors.write(state.alive, last, alive),
         anorm,
         torch.maximum(state.asym, torch.where(finite, skew, 0.0)),
         finite,
     )
 
 
-def step(state: State, matmat: MatVec, j: int, b: int = 1, *, again: Again = _always) -> State:
-    """One product with rows [j, j+b), taken in by `absorb`."""
-    return absorb(state, matmat(tree.rows(state.basis, j, j + b)), j, again=again)
+def step(state: State, matmat: MatVec, j: int, width: int = 1, *, again: Again = _always) -> State:
+    """One product, with row j, taken in by `absorb`."""
+    return absorb(state, matmat(tree.rows(state.basis, j, j + 1)), j, width, again=again)
 
 
-def restart(state: State, values: Tensor, s: Tensor, b: int = 1) -> State:
-    """Keep p Ritz pairs, `values` (p,) with coefficients s (j, p), and the coming block behind them; in place."""
+def restart(state: State, values: Tensor, s: Tensor, width: int = 1) -> State:
+    """Keep p Ritz pairs, `values` (p,) with coefficients s (j, p), and the coming rows behind them; in place."""
     j, p = s.shape
     t = torch.zeros_like(state.t)
     t[:p, :p] = torch.diag(values)
-    t[p : p + b, :p] = state.t[j : j + b, :j] @ s
+    t[p : p + width, :p] = state.t[j : j + width, :j] @ s
     alive = torch.zeros_like(state.alive)
     alive[:p] = 1
-    alive[p : p + b] = state.alive[j : j + b]
-    return state._replace(basis=vectors.rotate(state.basis, s, b), t=t, alive=alive)
+    alive[p : p + width] = state.alive[j : j + width]
+    return state._replace(basis=vectors.rotate(state.basis, s, width), t=t, alive=alive)
 
 
 def inject(state: State, row: int, vector: Tree, *, stop: int, known: bool = True) -> State:
@@ -120,10 +119,17 @@ def inject(state: State, row: int, vector: Tree, *, stop: int, known: bool = Tru
     cleared = vectors.write(state.basis, row, tree.zeros_like(vector))
     fresh = vectors.orthogonal_to(vector, tree.rows(cleared, 0, stop))
     t = state.t.clone()
-    t[row, :row] = 0.0 if known else float("nan")
+    t[row] = 0.0 if known else float("nan")
     alive = state.alive.clone()
     alive[row] = 1
     return state._replace(basis=vectors.write(cleared, row, fresh), t=t, alive=alive)
+
+
+def swap(state: State, i: int, k: int) -> State:
+    """Exchange two coming rows; in place."""
+    for leaf in (*tree.leaves(state.basis), state.t, state.alive):
+        leaf[[i, k]] = leaf[[k, i]]
+    return state
 
 
 class Tridiagonal(NamedTuple):
@@ -146,14 +152,14 @@ def lanczos(matvec: MatVec, v0: Tree, num_steps: int) -> Tridiagonal:
     C. Lanczos, J. Res. Nat. Bur. Stand. 45 (1950), 255–282; full reorthogonalisation: B. Parlett, The Symmetric
     Eigenvalue Problem (1998), ch. 13.
     """
-    start = tree.tree_map(lambda leaf: leaf[None], v0)
-    q, _, _ = vectors.orthonormalise(start, torch.zeros_like(tree.norms(start)[0]))
+    start = tree.lifted(v0)
+    q, _, _ = vectors.normalised(start, torch.zeros_like(tree.norms(start)[0]))
 
     def matmat(block: Tree) -> Tree:
-        return tree.tree_map(lambda leaf: leaf[None], matvec(tree.row(block, 0)))
+        return tree.lifted(matvec(tree.row(block, 0)))
 
     product = matmat(q)
-    state = absorb(init(q, product, num_steps), product, 0)
+    state = absorb(init(q, product, num_steps + 1), product, 0)
     for j in range(1, num_steps):
         state = step(state, matmat, j)
     diagonal = torch.diagonal(state.t)

@@ -52,7 +52,7 @@ def step(state: PowerState, matvec: MatVec, momentum: float | Tensor = 0.0, foun
 
 
 def _without(x: Tree, found: Tree) -> Tree:
-    block = tree.tree_map(lambda leaf: leaf[None], x)
+    block = tree.lifted(x)
     return tree.row(vectors.subtract(block, tree.gram(found, block), found), 0)
 
 

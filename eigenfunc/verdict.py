@@ -1,0 +1,94 @@
+"""From certified pairs to a `Solution`: the verdict on each pair, and on the run the remedy."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from eigenfunc import tree
+from eigenfunc.certificate import Certified
+from eigenfunc.errors import NotConverged
+from eigenfunc.solution import Solution, Stats, Status, cluster_bounds
+from eigenfunc.thick_restart import ROUNDS, Run
+
+
+def conclude(
+    run: Run, certified: Certified, passed: Tensor, *, rounds: int, seed: int, begun: float, remedy: str, throw: bool
+) -> Solution:
+    """The solution in the operator's own units and structure, with its verdict; raises `NotConverged` on demand."""
+    plan, products = run.plan, run.products
+    order = plan.reported(certified.values)
+    values, residuals = certified.values[order], certified.residuals[order]
+    met = residuals <= run.target(values)
+    skew = max(run.asym, certified.asymmetry) / run.anorm if run.anorm > 0 else 0.0
+    explained = max(100 * products.eps, 20 * products.noise)
+    converged = met & passed & torch.tensor(skew <= explained)
+    stats = Stats(
+        matvecs=products.matvecs,
+        verification=run.verification,
+        passes=products.passes,
+        restarts=run.restarts,
+        seconds=time.perf_counter() - begun,
+        basis_size=plan.basis_size,
+        basis_bytes=(plan.basis_size + 1) * products.size * products.dtype.itemsize,
+        orthogonality=certified.orthogonality,
+        asymmetry=skew,
+        norm=run.anorm * products.scale,
+        seed=seed,
+    )
+    status, message = _verdict(run, residuals / values.abs(), met, converged, skew, explained, rounds, remedy)
+    solution = Solution(
+        values=values * products.scale,
+        vectors=tree.unravel(certified.vectors[order.to(products.device)], products.A.like, narrow=False),
+        residuals=residuals * products.scale,
+        bounds=cluster_bounds(values, residuals, run.floor()) * products.scale,
+        converged=converged,
+        noise=run.floor() * products.scale,
+        which=plan.which,
+        tol=plan.tol,
+        status=status,
+        message=message,
+        stats=stats,
+    )
+    if throw and not solution.success:
+        raise NotConverged(f"{status}: {message}", solution)
+    return solution
+
+
+def _verdict(
+    run: Run,
+    relative: Tensor,
+    met: Tensor,
+    converged: Tensor,
+    skew: float,
+    explained: float,
+    rounds: int,
+    remedy: str,
+) -> tuple[Status, str]:
+    tol, products = run.plan.tol, run.products
+    if bool(converged.all()):
+        return Status.CONVERGED, f"all {run.plan.k} pairs certified at tol {tol:g}"
+    missing = f"{int((~converged).sum())} of {run.plan.k} pairs"
+    above = f"{missing} are above tol {tol:g}, the worst relative residual being {float(relative.max()):.1e}"
+    if skew > explained:
+        return Status.NOT_SYMMETRIC, (
+            f"⟨u, A v⟩ and ⟨v, A u⟩ differ by {skew:.1e} of ‖A‖, where rounding explains {explained:.1e}; what is "
+            "returned are no eigenpairs of A. Use (A + Aᵀ)/2, or find what makes the products inconsistent"
+        )
+    if products.noise > products.roundoff:
+        return Status.NONDETERMINISTIC, (
+            f"{above}; the same product formed twice differs by {products.noise:.1e}, relative, which rounding does "
+            f"not explain. Freeze the data and the masks, or ask for a tol above {10 * products.noise:.0e}"
+        )
+    if bool(met.all()):
+        return Status.INCOMPLETE, (
+            f"{missing} have small residuals, but eigenvalues beyond them may have been missed; {remedy}"
+        )
+    if rounds == ROUNDS:
+        return Status.STAGNATED, (
+            f"{above} after {rounds} certificates; products in {products.dtype} with noise {products.noise:.1e} give "
+            "no more. Use float64, or a larger tol"
+        )
+    return Status.NOT_CONVERGED, f"{above}; {remedy}"
