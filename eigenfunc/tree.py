@@ -131,8 +131,8 @@ def _gram_leaf(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.mT).double()
     count = length // _SLICE
     even = count * _SLICE
-    left = a[:, :even].unflatten(1, (count, _SLICE)).transpose(0, 1)
-    right = b[:, :even].unflatten(1, (count, _SLICE)).permute(1, 2, 0)
+    left = torch.unflatten(a[:, :even], 1, (count, _SLICE)).transpose(0, 1)
+    right = torch.unflatten(b[:, :even], 1, (count, _SLICE)).permute(1, 2, 0)
     return torch.bmm(left, right).double().sum(0) + (a[:, even:] @ b[:, even:].mT).double()
 
 
