@@ -1,0 +1,236 @@
+"""Weighted data: any cut gives the same matrix, and data that does not repeat is found out."""
+
+from __future__ import annotations
+
+import warnings
+from collections import UserDict, namedtuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from eigenfunc import Batches, functional_loss, hessian
+from eigenfunc.errors import DataError, DataWarning
+from tests.helpers import flat, random_like, untouched
+
+X = torch.randn(10, 5, generator=torch.Generator().manual_seed(0)).double()
+Y = torch.randint(0, 3, (10,), generator=torch.Generator().manual_seed(1))
+CE = nn.CrossEntropyLoss()
+
+
+def mlp(dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 3)).double()
+
+
+def product(criterion: Any, data: Any) -> Tensor:
+    loss, params = functional_loss(mlp(), criterion)
+    return flat(hessian(loss, params, data)(random_like(params)))
+
+
+def cut(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(X.split(sizes), Y.split(sizes), strict=True))
+
+
+@given(points=st.sets(st.integers(1, 9)))
+@settings(max_examples=20, deadline=None)
+def test_any_cut_of_the_data_gives_the_same_matrix(points: set[int]) -> None:
+    edges = [0, *sorted(points), 10]
+    sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    assert (product(CE, Batches(cut(sizes))) - product(CE, (X, Y))).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("sizes", [[8, 2], [5, 5]])
+@pytest.mark.parametrize("cache", [0, 2**30])
+def test_kept_and_recomputed_graphs_weigh_alike(sizes: list[int], cache: int) -> None:
+    loss, params = functional_loss(mlp(), CE)
+    v = random_like(params)
+    split = hessian(loss, params, Batches(cut(sizes)), cache=cache)
+    assert ("recomputed" if cache == 0 else "kept") in split.describe()
+    assert (flat(split(v)) - flat(hessian(loss, params, (X, Y))(v))).abs().max() < 1e-12
+
+
+def test_a_loader_whose_last_batch_is_smaller_is_weighed_right() -> None:
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4)
+    assert (product(CE, loader) - product(CE, (X, Y))).abs().max() < 1e-12
+
+
+def test_losses_that_sum_add_up() -> None:
+    criterion = nn.CrossEntropyLoss(reduction="sum")
+    split = product(criterion, Batches(cut([8, 2]), reduction="sum"))
+    assert (split - product(criterion, (X, Y))).abs().max() < 1e-11
+
+
+def test_ignored_targets_are_weighed_by_those_that_count() -> None:
+    labels = torch.where(torch.arange(10) % 3 == 0, -100, Y)
+    batches = [(X[:8], labels[:8]), (X[8:], labels[8:])]
+    split = product(CE, Batches(batches, weight=lambda batch: (batch[1] != -100).sum()))
+    assert (split - product(CE, (X, labels))).abs().max() < 1e-12
+    assert (product(CE, Batches(batches)) - product(CE, (X, labels))).abs().max() > 1e-6
+
+
+def test_class_weights_are_weighed_by_their_sum() -> None:
+    share = torch.tensor([1.0, 2.0, 0.5]).double()
+    criterion = nn.CrossEntropyLoss(weight=share)
+    split = product(criterion, Batches(cut([7, 3]), weight=lambda batch: share[batch[1]].sum()))
+    assert (split - product(criterion, (X, Y))).abs().max() < 1e-12
+
+
+def test_a_batch_of_weight_zero_is_left_out() -> None:
+    labels = torch.cat([Y[:6], torch.full((4,), -100)])
+    batches = [(X[:6], labels[:6]), (X[6:], labels[6:])]
+    split = product(CE, Batches(batches, weight=lambda batch: (batch[1] != -100).sum()))
+    assert (split - product(CE, (X[:6], Y[:6]))).abs().max() < 1e-12
+
+
+def endless() -> Iterator[Any]:
+    yield X, Y
+
+
+@pytest.mark.parametrize("data", [endless, lambda: iter([(X, Y)]), lambda: zip([X], [Y], strict=True)])
+def test_data_that_can_be_read_only_once_is_an_error(data: Any) -> None:
+    with pytest.raises(DataError, match="only once"):
+        product(CE, data())
+    with pytest.raises(DataError, match="only once"):
+        Batches(data())
+
+
+@pytest.mark.parametrize("data", [Batches([]), DataLoader(TensorDataset(X[:0], Y[:0]))])
+@pytest.mark.parametrize("check", [True, False])
+def test_empty_data_is_an_error(data: Any, check: bool) -> None:
+    loss, params = functional_loss(mlp(), CE)
+    with pytest.raises(DataError, match="empty"):
+        hessian(loss, params, data, check=check)(random_like(params))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_that_are_none_are_refused(weight: float) -> None:
+    with pytest.raises(DataError, match="weight of batch 0"):
+        product(CE, Batches(cut([5, 5]), weight=lambda batch: weight))
+
+
+def test_batches_of_unclear_size_ask_for_a_weight() -> None:
+    loss, params = functional_loss(mlp(), loss_fn=lambda m, b: CE(m(b[0][:, 0]), b[1]))
+    batches = [(X[:, None], Y), (X[:3, None].expand(3, 2, 5), Y[:3])]
+    hessian(loss, params, Batches(batches))
+    odd = [(X[:4, None], Y[:4], torch.zeros(7))]
+    with pytest.raises(DataError, match="weight=lambda"):
+        hessian(loss, params, Batches(odd))
+
+
+@pytest.mark.parametrize("data", [X, {"x": X}, "text", 3])
+def test_what_is_no_iterable_of_batches_is_refused(data: Any) -> None:
+    with pytest.raises(DataError, match="iterable of batches"):
+        Batches(data)
+
+
+def test_a_loss_that_is_not_finite_names_the_batch() -> None:
+    spoilt = X.clone()
+    spoilt[7, 0] = float("nan")
+    batches = [(spoilt[:3], Y[:3]), (spoilt[3:6], Y[3:6]), (spoilt[6:], Y[6:])]
+    with pytest.raises(DataError, match="batch 2 is nan"):
+        product(CE, Batches(batches))
+
+
+def operator(data: Any, dropout: float = 0.5) -> tuple[Any, dict[str, Tensor]]:
+    loss, params = functional_loss(mlp(dropout), CE)
+    return hessian(loss, params, data), params
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return X[i] + 0.3 * torch.randn(5).double(), Y[i]
+
+
+def test_shuffling_with_dropout_is_reported_once() -> None:
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True)
+    with pytest.warns(DataWarning, match="shuffle=False"):
+        A, params = operator(loader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        A(random_like(params))
+
+
+def test_random_augmentation_is_reported() -> None:
+    with pytest.warns(DataWarning, match="augmented"):
+        operator(DataLoader(Augmented(), batch_size=4), dropout=0.0)
+
+
+def test_shuffling_alone_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(3)
+    state, theirs = torch.get_rng_state(), generator.get_state()
+    for own in (None, generator):
+        loader = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True, generator=own)
+        A, params = operator(loader, dropout=0.0)
+        v = random_like(params)
+        assert (flat(A(v)) - flat(operator((X, Y), dropout=0.0)[0](v))).abs().max() < 1e-12
+    torch.set_rng_state(state)
+    operator(DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True, generator=generator), dropout=0.0)
+    assert torch.equal(generator.get_state(), theirs)
+
+
+@pytest.mark.parametrize("cache", [0, 2**30])
+def test_dropout_draws_the_same_mask_in_every_product(cache: int) -> None:
+    model = mlp(0.5)
+    loss, params = functional_loss(model, CE)
+    A = hessian(loss, params, Batches(cut([6, 4])), cache=cache)
+    v = random_like(params)
+    first = flat(A(v))
+    torch.randn(7)
+    with untouched(model):
+        second = flat(A(v))
+    assert torch.equal(first, second)
+    dense = A.to_dense()
+    assert (dense - dense.mT).abs().max() < 1e-14
+    masked = (dense - hessian(*functional_loss(mlp(0.0), CE), (X, Y)).to_dense()).abs().max()
+    assert masked > 1e-4
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+@dataclass
+class Sample:
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, y: (x, y),
+        lambda x, y: [x, y],
+        lambda x, y: {"x": x, "y": y},
+        lambda x, y: UserDict(x=x, y=y),
+        Pair,
+        Sample,
+        lambda x, y: {"x": {"inner": (x,)}, "y": y, "note": "kept"},
+    ],
+)
+def test_batches_of_any_shape_are_weighed_and_passed_through(make: Any) -> None:
+    def read(batch: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(batch, (tuple, list)):
+            return batch[0], batch[1]
+        x, y = (batch["x"], batch["y"]) if not isinstance(batch, Sample) else (batch.x, batch.y)
+        return (x["inner"][0] if isinstance(x, dict) else x), y
+
+    loss, params = functional_loss(mlp(), loss_fn=lambda m, batch: CE(m(read(batch)[0]), read(batch)[1]))
+    v = random_like(params)
+    split = hessian(loss, params, Batches([make(x, y) for x, y in cut([8, 2])]))
+    assert (flat(split(v)) - flat(hessian(loss, params, (X, Y))(v))).abs().max() < 1e-12
+
+
+def test_the_mean_over_a_pass_of_minibatches_is_the_matrix() -> None:
+    A, params = operator(Batches(cut([5, 3, 2])), dropout=0.0)
+    v = random_like(params)
+    stream = A.minibatches()
+    mean = sum(flat(next(stream)(v)) for _ in range(3)) / 3
+    assert (mean - flat(A(v))).abs().max() < 1e-12
