@@ -86,12 +86,14 @@ class Reader:
     """Passes over the data that draw random numbers from a stream of their own, not from the user's.
 
     A shuffling loader so sees another order in each pass, as in training, and the user's generators, the global
-    one and the loader's, stand afterwards where they stood before.
+    one and the loader's, stand afterwards where they stood before. `seed` plus the index of a batch seeds what the
+    model draws at random on it.
     """
 
     def __init__(self, batches: Batches, device: torch.device) -> None:
         self.batches = batches
         self.device = device
+        self.seed = torch.initial_seed()
         own = getattr(batches.data, "generator", None)
         self._generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
         self._states = [generator.get_state() for generator in self._generators]

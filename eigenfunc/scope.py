@@ -29,6 +29,16 @@ def untouched(device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
+def reseed(seed: int, device: torch.device) -> None:
+    """Start the global random state of the CPU and of `device` anew; only for use inside `untouched`."""
+    seed %= 2**63
+    torch.default_generator.manual_seed(seed)
+    if device.type not in ("cpu", "meta"):
+        module: Any = torch.get_device_module(device)
+        with module.device(device):
+            module.manual_seed(seed)
+
+
 def inside_transform() -> bool:
     """Whether a torch.func transform (grad, jvp, vmap, functionalize) is active."""
     functorch: Any = torch._C._functorch
@@ -37,4 +47,11 @@ def inside_transform() -> bool:
 
 def usable(x: Tree) -> Tree:
     """x with tensors born in inference mode copied, because autograd cannot save those."""
-    return tree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, x)
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_inference():
+            return leaf
+        with torch.inference_mode(False):
+            return leaf.clone()
+
+    return tree.tree_map(copied, x)

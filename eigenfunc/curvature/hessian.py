@@ -79,8 +79,8 @@ def hessian(
 def _assemble(loss: Loss, point: Tree, reader: Reader, way: str, cache: int, chunk: int, words: str) -> LinearOperator:
     refs, rebuild = tree.flatten(point)
 
-    def prepare(batch: Any) -> Product:
-        return WAYS[way](products.of_leaves(loss, batch, point), refs)
+    def prepare(index: int, batch: Any) -> Product:
+        return WAYS[way](products.of_leaves(loss, batch, point, reader.seed + index), refs)
 
     kept = _keep(reader, prepare, cache) if way == "graph" and cache > 0 else None
 
@@ -89,7 +89,7 @@ def _assemble(loss: Loss, point: Tree, reader: Reader, way: str, cache: int, chu
             yield from ((weight, partial(_same, made)) for weight, made in kept)
             return
         for index, weight, batch in reader.one_pass():
-            yield weight, partial(_prepared, prepare, batch, index)
+            yield weight, partial(prepare, index, batch)
 
     def total(use: Callable[[Product], Tree]) -> Tree:
         with scope.untouched(reader.device), mended():
@@ -148,16 +148,6 @@ def _in_chunks(product: Any, vs: list[Tensor], chunk: int, way: str) -> list[Ten
     return [torch.cat(blocks) for blocks in zip(*out, strict=True)]
 
 
-def _prepared(prepare: Callable[[Any], Product], batch: Any, index: int) -> Product:
-    """The product of one batch; its random operations draw the same numbers each time."""
-    _seed(index)
-    return prepare(batch)
-
-
-def _seed(index: int) -> None:
-    torch.manual_seed(torch.initial_seed() + index)
-
-
 def _same(product: Product) -> Product:
     return product
 
@@ -166,7 +156,7 @@ def _applied(use: Callable[[Product], Tree], make: Callable[[], Product]) -> Tre
     return use(make())
 
 
-def _keep(reader: Reader, prepare: Callable[[Any], Product], budget: int) -> list[tuple[float, Product]] | None:
+def _keep(reader: Reader, prepare: Callable[[int, Any], Product], budget: int) -> list[tuple[float, Product]] | None:
     """The products of all batches with their graphs, or None where those would not fit into `budget` bytes."""
     kept: list[tuple[float, Product]] = []
     used = 0
@@ -176,7 +166,7 @@ def _keep(reader: Reader, prepare: Callable[[Any], Product], budget: int) -> lis
                 continue
             with _counted() as storages:
                 try:
-                    made = _prepared(prepare, batch, index)
+                    made = prepare(index, batch)
                 except RuntimeError as error:
                     if "saved tensor hooks" in str(error):
                         return None
@@ -214,9 +204,9 @@ def _check_data(loss: Loss, point: Tree, reader: Reader) -> None:
         return out
 
     def value(index: int, batch: Any) -> Tensor:
-        _seed(index)
+        f = products.of_leaves(loss, batch, point, reader.seed + index)
         with torch.no_grad():
-            out = products.scalar(loss(point, batch)).double()
+            out = f(tree.leaves(point)).double()
         if not bool(torch.isfinite(out)):
             raise DataError(
                 f"the loss of batch {index} is {out.item()}: no derivative exists there. Look for bad samples in the "
@@ -241,7 +231,7 @@ def _prove(loss: Loss, point: Tree, reader: Reader) -> products.Proof:
     for index, weight, batch in reader.one_pass():
         if weight == 0:
             continue
-        f = products.of_leaves(loss, batch, point)
+        f = products.of_leaves(loss, batch, point, reader.seed + index)
         with scope.untouched(reader.device), mended():
-            return products.prove(f, tree.leaves(point), tree.names(point), partial(_seed, index))
+            return products.prove(f, tree.leaves(point), tree.names(point))
     raise DataError("the data is empty: no batch, or none with a positive weight")

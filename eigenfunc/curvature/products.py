@@ -88,10 +88,16 @@ def jvp(f: Function, point: Sequence[Tensor]) -> Product:
 WAYS: dict[str, Callable[[Function, Sequence[Tensor]], Product]] = {"graph": graph, "jvp": jvp, "vjp": vjp}
 
 
-def of_leaves(loss: Loss, batch: Any, params: Tree) -> Function:
-    """The loss as a function of the list of leaves of its parameters."""
-    _, rebuild = tree.flatten(params)
-    return lambda leaves: scalar(loss(rebuild(list(leaves)), batch))
+def of_leaves(loss: Loss, batch: Any, params: Tree, seed: int | None = None) -> Function:
+    """The loss as a function of the list of leaves of its parameters; with a seed its random operations repeat."""
+    refs, rebuild = tree.flatten(params)
+
+    def f(leaves: Sequence[Tensor]) -> Tensor:
+        if seed is not None:
+            scope.reseed(seed, refs[0].device)
+        return scalar(loss(rebuild(list(leaves)), batch))
+
+    return f
 
 
 def hvp(loss: Loss, params: Tree, batch: Any, v: Tree) -> Tree:
@@ -114,18 +120,16 @@ class Proof(NamedTuple):
     words: str  # which way, and what it was checked against
 
 
-def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], fresh: Callable[[], Any]) -> Proof:
+def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str]) -> Proof:
     """The first way that a second one confirms, block by block, and that is symmetric on a random pair.
 
-    `fresh` resets the random state before a way runs, so that dropout draws the same mask in each. Raises
-    `ProductError` with the figures where no two ways agree.
+    Raises `ProductError` with the figures where no two ways agree.
     """
     generator = torch.Generator().manual_seed(0)
     u, v = ([tree.randn(x, generator) for x in point] for _ in range(2))
     products: dict[str, list[Tensor]] = {}
     trouble: dict[str, str] = {}
     for name, way in WAYS.items():
-        fresh()
         try:
             product = way(f, point)
             image = product(v)
