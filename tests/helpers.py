@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eigenfunc import Solution
+
 Params = dict[str, Tensor]
 
 
@@ -102,3 +104,35 @@ def untouched(model: nn.Module) -> Iterator[None]:
         after = _state(model)
         for what in before:
             assert _equal(before[what], after[what]), f"{what} changed"
+
+
+def rotated(values: Tensor, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=g, dtype=torch.float64))
+    A = (q * values.double()) @ q.mT
+    return (A + A.mT) / 2
+
+
+def wanted(values: Tensor, k: int, which: str) -> Tensor:
+    rising = values.double().sort().values
+    if which == "LM":
+        return rising[torch.argsort(rising.abs(), descending=True, stable=True)][:k]
+    if which == "SA":
+        return rising[:k]
+    falling = rising.flip(0)
+    if which == "LA":
+        return falling[:k]
+    return torch.cat([falling[: (k + 1) // 2], falling[len(falling) - k // 2 :]])
+
+
+def assert_certified(solution: Solution, A: Tensor, k: int, which: str) -> None:
+    truth = wanted(torch.linalg.eigvalsh(A.double()), k, which)
+    found = solution.values
+    if which == "LM":  # the order within ± pairs of equal size is arbitrary
+        truth, found = truth.abs(), found.abs()
+    assert solution.converged.all()
+    assert ((found - truth).abs() <= solution.bounds).all()
+    X = solution.vectors.double()
+    fresh = torch.linalg.vector_norm(X @ A.double() - solution.values[:, None] * X, dim=1)
+    assert (fresh <= solution.residuals + solution.noise).all()
+    assert (X @ X.mT - torch.eye(k)).abs().max() < 100 * torch.finfo(A.dtype).eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import UserDict, namedtuple
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def cut(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
 @settings(max_examples=20, deadline=None)
 def test_any_cut_of_the_data_gives_the_same_matrix(points: set[int]) -> None:
     edges = [0, *sorted(points), 10]
-    sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    sizes = [b - a for a, b in itertools.pairwise(edges)]
     assert (product(CE, Batches(cut(sizes))) - product(CE, (X, Y))).abs().max() < 1e-12
 
 

@@ -33,22 +33,28 @@ def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: f
     return _reduced(torch.where(size <= delta, error**2 / 2, delta * (size - delta / 2)), reduction)
 
 
-_ELEMENTARY: dict[Any, tuple[Callable[..., Tensor], frozenset[str]]] = {
-    nn.functional.mse_loss: (_mse_loss, frozenset({"reduction"})),
-    nn.functional.huber_loss: (_huber_loss, frozenset({"reduction", "delta"})),
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_ELEMENTARY: dict[Any, tuple[Callable[..., Tensor], int, frozenset[str]]] = {
+    # function: (formula, positional arguments, keyword arguments that the formula knows)
+    nn.functional.mse_loss: (_mse_loss, 2, frozenset({"reduction"})),
+    nn.functional.huber_loss: (_huber_loss, 2, frozenset({"reduction", "delta"})),
+    torch._weight_norm: (_weight_norm, 3, frozenset()),
 }
 
 
-class ElementaryLosses(TorchFunctionMode):
-    """Losses whose fused kernels lack a forward derivative of their backward, in elementary operations.
+class Elementary(TorchFunctionMode):
+    """Functions whose fused kernels lack a forward or have a wrong second derivative, in elementary operations.
 
     Calls with options that the elementary formula does not know (sample weights, say) pass through.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = {name: value for name, value in (kwargs or {}).items() if value is not None}
-        formula, known = _ELEMENTARY.get(func, (None, frozenset()))
-        if formula is None or len(args) != 2 or not named.keys() <= known:
+        formula, count, known = _ELEMENTARY.get(func, (None, 0, frozenset()))
+        if formula is None or len(args) != count or not named.keys() <= known:
             return func(*args, **(kwargs or {}))
         return formula(*args, **named)
 
@@ -56,5 +62,5 @@ class ElementaryLosses(TorchFunctionMode):
 @contextmanager
 def mended() -> Iterator[None]:
     """All mends, for the forward pass and for every backward pass through its graph."""
-    with math_attention(), ElementaryLosses():
+    with math_attention(), Elementary():
         yield

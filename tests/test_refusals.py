@@ -1,0 +1,148 @@
+"""What the product engine refuses, with the reason, and that a refusal leaves everything as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import eigenfunc
+from eigenfunc import functional_loss, hessian, hvp
+from eigenfunc.errors import DataError, EigenfuncError, InputError, ObjectiveError, ProductError, TreeError
+from tests.helpers import Params, random_like, untouched
+
+CE = nn.CrossEntropyLoss()
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+
+
+class Once(torch.autograd.Function):
+    """The square, whose backward forgets to be differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return 2 * x * slope
+
+
+REFUSED: dict[str, Any] = {
+    "once differentiable": lambda p, batch: (Once.apply(p) * batch).sum() + (p**4).sum(),
+    "multi margin": lambda p, batch: F.multi_margin_loss(p[None], torch.tensor([1]), p=2),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_differentiates_only_once_is_refused_and_not_wrong(name: str) -> None:
+    with pytest.raises(ProductError, match="no two ways"):
+        hessian(REFUSED[name], normal(3), normal(3))
+
+
+def test_what_raises_in_the_forward_pass_leaves_everything_as_it_was() -> None:
+    model, x = normalised(), X
+    loss, params = functional_loss(model, CE)
+    A = hessian(loss, params, (x, LABELS), product="jvp")
+    with untouched(model):
+        with pytest.raises(IndexError):
+            hvp(loss, params, (x, LABELS + 5), random_like(params))
+        with pytest.raises(RuntimeError):
+            hessian(loss, params, (x[:, :1], LABELS))
+        with pytest.raises(TreeError):
+            A({"wrong": x})
+
+
+def independent(p: Params, batch: Tensor) -> Tensor:
+    return batch.sum()
+
+
+BAD_LOSSES: dict[str, tuple[Any, str]] = {
+    "not a scalar": (lambda p, batch: p["w"] * 2, r"shape \(3,\), not \(\)"),
+    "no tensor": (lambda p, batch: 1.0, "returned a float"),
+    "an integer": (lambda p, batch: p["w"].sum().long(), "torch.int64"),
+    "no parameter in it": (independent, "does not depend on any"),
+    "detached": (lambda p, batch: p["w"].detach().sum(), "does not depend on any"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LOSSES)
+@pytest.mark.parametrize("product", ["auto", "graph"])
+def test_losses_that_cannot_be_differentiated_are_refused(name: str, product: str) -> None:
+    loss, message = BAD_LOSSES[name]
+    with pytest.raises(ObjectiveError, match=message):
+        hessian(loss, {"w": normal(3)}, normal(3), product=product)
+
+
+BAD_POINTS: dict[str, tuple[Any, str]] = {
+    "nan": ({"w": torch.tensor([1.0, float("nan")])}, "'w' holds NaN"),
+    "empty": ({}, "no tensor entries"),
+    "integers": ({"w": torch.ones(2), "steps": torch.tensor([1, 2])}, "'steps' has dtype torch.int64"),
+    "complex": ({"w": torch.ones(2, dtype=torch.complex64)}, "complex"),
+    "not tensors": ({"w": torch.ones(2), "c": 3.0}, "'c' is a float"),
+    "two devices": ({"w": torch.ones(2), "m": torch.ones(2, device="meta")}, "several devices"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_POINTS)
+def test_points_that_are_none_are_refused_before_the_first_product(name: str) -> None:
+    params, message = BAD_POINTS[name]
+
+    def loss(p: Any, batch: Any) -> Tensor:
+        raise AssertionError("the loss was called")
+
+    with pytest.raises(EigenfuncError, match=message):
+        hessian(loss, params, torch.ones(1))
+    if name != "nan":
+        with pytest.raises(EigenfuncError, match=message):
+            hvp(loss, params, torch.ones(1), params)
+
+
+@pytest.mark.parametrize("wrong", ["structure", "shape", "dtype", "device"])
+def test_vectors_that_do_not_match_are_refused(wrong: str) -> None:
+    params = {"a": normal(2), "b": normal(3)}
+    v = {
+        "structure": {"a": normal(2)},
+        "shape": {"a": normal(2), "b": normal(2)},
+        "dtype": {"a": normal(2), "b": normal(3).float()},
+        "device": {"a": normal(2), "b": normal(3).to("meta")},
+    }[wrong]
+
+    def loss(p: Params, batch: Tensor) -> Tensor:
+        return (p["a"].sum() * p["b"] ** 2).sum()
+
+    A = hessian(loss, params, normal(1))
+    for product in (A, A.__matmul__, lambda v: hvp(loss, params, normal(1), v)):
+        with pytest.raises(TreeError, match="v"):
+            product(v)
+
+
+def test_unknown_products_and_chunks_are_refused() -> None:
+    with pytest.raises(InputError, match="product must be 'auto'"):
+        hessian(lambda p, b: (p**2).sum(), normal(2), normal(1), product="fast")
+    with pytest.raises(InputError, match="chunk"):
+        hessian(lambda p, b: (p**2).sum(), normal(2), normal(1), chunk=0)
+
+
+def test_nan_in_the_loss_of_a_batch_names_it_and_the_model_is_whole() -> None:
+    model, x = normalised(), X
+    loss, params = functional_loss(model, CE)
+    bad = x.clone()
+    bad[0, 0] = float("nan")
+    data = eigenfunc.Batches([(x, LABELS), (x, LABELS), (bad, LABELS)])
+    with untouched(model), pytest.raises(DataError, match="loss of batch 2 is nan"):
+        hessian(loss, params, data)
