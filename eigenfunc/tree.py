@@ -199,7 +199,7 @@ def unravel(flat: Tensor, like: Tree, *, narrow: bool = True) -> Tree:
         return ref.dtype if narrow else torch.promote_types(ref.dtype, torch.float32)
 
     return rebuild(
-        [piece.reshape(*piece.shape[:-1], *ref.shape).to(dtype(ref)) for piece, ref in zip(pieces, refs, strict=True)]
+        [piece.reshape(piece.shape[:-1] + ref.shape).to(dtype(ref)) for piece, ref in zip(pieces, refs, strict=True)]
     )
 
 
