@@ -20,7 +20,7 @@ from eigenfunc.thick_restart import Run, plan_for
 from eigenfunc.tree import Tree
 from eigenfunc.verdict import conclude
 
-_PROBE_BUDGET = 24  # products that the completeness probe may take
+_PROBE_BUDGET = 100  # products that the completeness probe may take, or a quarter of those spent before
 
 
 def power_iteration(
@@ -83,7 +83,7 @@ def power_iteration(
         passed = torch.ones(plan.k, dtype=torch.bool)
         run.verification = products.matvecs - solving
         if plan.k < plan.n:
-            run.plan = plan._replace(max_matvecs=solving + _PROBE_BUDGET)
+            run.plan = plan._replace(max_matvecs=solving + max(_PROBE_BUDGET, solving // 4))
             passed = run.probe(ritz)[1]
         run.plan = plan
         remedy = f"raise max_steps (now {max_steps}), or use eigsh, which needs far fewer products"

@@ -119,7 +119,7 @@ def inject(state: State, row: int, vector: Tree, *, stop: int, known: bool = Tru
     cleared = vectors.write(state.basis, row, tree.zeros_like(vector))
     fresh = vectors.orthogonal_to(vector, tree.rows(cleared, 0, stop))
     t = state.t.clone()
-    t[row] = 0.0 if known else float("nan")
+    t[row] = 0.0 if known else torch.nan
     alive = state.alive.clone()
     alive[row] = 1
     return state._replace(basis=vectors.write(cleared, row, fresh), t=t, alive=alive)
