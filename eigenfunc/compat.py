@@ -40,7 +40,8 @@ def compute_hessian_eigenthings(
 
     full_dataset  False: power iteration draws a mini-batch at each step, Lanczos looks at the first batch alone
     mode          "power_iter", with power_iter_steps=20, power_iter_err_threshold=1e-4, momentum=0.0, to_numpy=True;
-                  "lanczos", with which="LM", max_steps (restart cycles), tol=1e-6, num_lanczos_vectors, init_vec
+                  "lanczos", with which="LM", max_steps (restart cycles), tol=1e-6, init_vec, and num_lanczos_vectors,
+                  which is raised to what a proof of completeness needs, k+20 or 2k+10
     use_gpu       accepted and not needed: everything runs where the model is
     fp16          accepted and without effect, with a warning: products have the dtype of the parameters
     max_samples   larger batches are cut; so is it under its older name, max_possible_gpu_samples
@@ -117,8 +118,8 @@ def _lanczos(
             raise InputError(f"init_vec has {flat.numel()} entries, the model {A.size} trainable parameters")
         pieces = torch.split(flat, [ref.numel() for ref in A.like.values()])
         start = {name: x.reshape(ref.shape).to(ref) for x, (name, ref) in zip(pieces, A.like.items(), strict=True)}
-    basis_size = None if num_lanczos_vectors is None else max(num_lanczos_vectors, min(k + 4, A.size))
-    budget = None if max_steps is None else max_steps * (basis_size or 2 * k + 20)
+    basis_size = max(num_lanczos_vectors or 0, 2 * k + 10, k + 20)
+    budget = None if max_steps is None else max_steps * basis_size
     return eigsh(A, k, which=which, tol=tol, v0=start, basis_size=basis_size, max_matvecs=budget, throw=False)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from eigenfunc import scope
 from eigenfunc.data import Batches
 from eigenfunc.objective import Objective, functional_loss
 
@@ -67,7 +68,7 @@ def make_problem(
     """A trained network as (loss, params, data) in float64: cross-entropy over all images, in uneven batches."""
     images, labels = digits()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+        scope.reseed(seed, images.device)
         net = network(model)
         train(net, images, labels, seed=seed, epochs=epochs, report=report)
     loss, params = functional_loss(net.double(), nn.functional.cross_entropy)

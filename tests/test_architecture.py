@@ -98,7 +98,7 @@ def test_nothing_seeds_or_draws_from_the_global_random_state(path: Path) -> None
                 assert "generator" in ast.unparse(node), f"line {node.lineno}"
             owner = node.func.value
             seeds = node.func.attr == "manual_seed" and isinstance(owner, ast.Name) and owner.id == "torch"
-            assert not seeds or house(path) == "demo", f"line {node.lineno}"
+            assert not seeds, f"line {node.lineno}"
 
 
 @pytest.mark.parametrize("path", [*FILES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")], ids=module_of)
