@@ -77,12 +77,12 @@ class Products:
         image = image / self.scale
         other = self(0.7 * u) / 0.7
         length = float(tree.norm(image))
-        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
+        self.noise = max(float(tree.norm(image - other)) / length if length > 0 else 0.0, self.A.noise)
 
     @property
     def roundoff(self) -> float:
-        """The largest `noise` that rounding in the operator's dtypes explains; more means products that differ."""
-        return max(1000 * self.eps, 8 * tree.coarsest_eps(self.A.like))
+        """The largest `noise` that the operator's dtypes or its own word explain; more means products that differ."""
+        return max(1000 * self.eps, 8 * tree.coarsest_eps(self.A.like), self.A.noise)
 
     def floor(self, anorm: float) -> float:
         """Residuals are not told apart below this, for an operator of norm `anorm`."""

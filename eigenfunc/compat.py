@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from eigenfunc import tree
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.data import Batches, Reader
 from eigenfunc.eigsh import eigsh
-from eigenfunc.errors import ConvergenceWarning, DataError, InputError
+from eigenfunc.errors import ConvergenceWarning, InputError
 from eigenfunc.objective import functional_loss
 from eigenfunc.operator import LinearOperator
 from eigenfunc.power_iteration import power_iteration
@@ -61,11 +62,11 @@ def compute_hessian_eigenthings(
         )
     objective, params = functional_loss(model, loss)
     whole_batches = any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in model.modules())
-    source: Iterable[Any] = dataloader if whole_batches else _Pieces(dataloader, max_samples)
-    if mode == "lanczos" and not full_dataset:
-        source = [_first(Reader(Batches(source, weight=lambda batch: 1.0), torch.device("cpu")))]
     summed = getattr(loss, "reduction", "mean") == "sum"
-    A = hessian(objective, params, Batches(source, reduction="sum" if summed else "mean"))
+    data = Batches(dataloader, reduction="sum" if summed else "mean", microbatch=None if whole_batches else max_samples)
+    if mode == "lanczos" and not full_dataset:
+        data = replace(data, data=[Reader(data, torch.device("cpu")).first()[1]])
+    A = hessian(objective, params, data)
     if mode == "lanczos":
         solution, to_numpy = _lanczos(A, num_eigenthings, **kwargs), True
     else:
@@ -121,27 +122,3 @@ def _lanczos(
     basis_size = max(num_lanczos_vectors or 0, 2 * k + 10, k + 20)
     budget = None if max_steps is None else max_steps * basis_size
     return eigsh(A, k, which=which, tol=tol, v0=start, basis_size=basis_size, max_matvecs=budget, throw=False)
-
-
-class _Pieces:
-    """The batches of a loader, those of more than `size` samples cut; starts anew each time, as the loader does."""
-
-    def __init__(self, loader: Iterable[Any], size: int) -> None:
-        if hasattr(loader, "__next__"):
-            raise DataError("the dataloader can be read only once; pass a DataLoader or a list of batches")
-        self.loader = loader
-        self.size = size
-        self.generator = getattr(loader, "generator", None)
-
-    def __iter__(self) -> Iterator[Any]:
-        for inputs, targets in self.loader:
-            if isinstance(inputs, Tensor) and len(inputs) > self.size:
-                yield from zip(torch.split(inputs, self.size), torch.split(targets, self.size), strict=True)
-            else:
-                yield inputs, targets
-
-
-def _first(reader: Reader) -> Any:
-    for _, _, batch in reader.one_pass():
-        return batch
-    raise DataError("the dataloader is empty")

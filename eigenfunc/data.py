@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,9 @@ class Batches:
                count: `weight=lambda batch: (batch[1] != -100).sum()`
     reduction  "mean" where the loss averages over the batch (the default of torch's losses), "sum" where it adds
     device     where batches are moved to; default: where the parameters are
+    microbatch largest number of samples handled at once: larger batches are cut along the first axis of their
+               tensors, which bounds the memory of a product. For models that treat samples apart; `weight` is
+               then asked about the pieces
 
     The matrix over the data is Σ w_b A_b / Σ w_b for "mean" and Σ A_b for "sum", so that it does not depend on how
     the data is cut into batches.
@@ -37,6 +41,7 @@ class Batches:
     weight: Weight | None = None
     reduction: Literal["mean", "sum"] = "mean"
     device: torch.device | str | None = None
+    microbatch: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.data, (Tensor, Mapping, str)) or not hasattr(self.data, "__iter__"):
@@ -53,11 +58,17 @@ class Batches:
             raise DataError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}")
         if self.reduction == "sum" and self.weight is not None:
             raise DataError("weights have no meaning for reduction='sum', where every batch's loss counts as it is")
+        if self.microbatch is not None and self.microbatch < 1:
+            raise DataError(f"microbatch must be at least 1, got {self.microbatch}")
 
     def __iter__(self) -> Iterator[Any]:
         """The batches on `device`. DataLoader workers, samplers and data sets draw from the global random state."""
         for batch in self.data:
-            yield batch if self.device is None else _moved(batch, torch.device(self.device))
+            moved = batch if self.device is None else _moved(batch, torch.device(self.device))
+            if self.microbatch is None:
+                yield moved
+            else:
+                yield from _pieces(moved, self.microbatch)
 
     def on(self, device: torch.device) -> Batches:
         """The same batches, moved to `device` unless another was asked for."""
@@ -72,14 +83,13 @@ class Batches:
             if not 0 <= value < float("inf"):
                 raise DataError(f"the weight of batch {index} is {value}; it must be a finite number, not negative")
             return value
-        sizes = {leaf.shape[0] for leaf in _tensors(batch) if leaf.ndim > 0}
-        if len(sizes) != 1:
-            found = f"lengths {sorted(sizes)}" if sizes else "no tensor with a first axis"
+        count = _samples(batch)
+        if isinstance(count, str):
             raise DataError(
-                f"cannot read the number of samples off batch {index}, a {type(batch).__name__} with {found}; "
+                f"cannot read the number of samples off batch {index}, a {type(batch).__name__} with {count}; "
                 "say how much it counts: Batches(data, weight=lambda batch: ...)"
             )
-        return float(sizes.pop())
+        return float(count)
 
 
 class Reader:
@@ -110,8 +120,15 @@ class Reader:
                 except StopIteration:
                     return
                 weight = self.batches.weigh(batch, index)
-            yield index, weight, batch
+            yield index, weight, _apart(batch)
             index += 1
+
+    def first(self) -> tuple[int, Any]:
+        """Index and batch of the first that counts; `DataError` where there is none."""
+        for index, weight, batch in self.one_pass():
+            if weight > 0:
+                return index, batch
+        raise DataError("the data is empty: no batch, or none with a positive weight")
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
@@ -124,6 +141,14 @@ class Reader:
             self._states = [generator.get_state() for generator in self._generators]
             for generator, state in zip(self._generators, theirs, strict=True):
                 generator.set_state(state)
+
+
+def _apart(batch: Any) -> Any:
+    """The batch as views of its own, so that a loss that sets `requires_grad` on its inputs leaves no trace in it."""
+    try:
+        return mapped(lambda leaf: leaf.detach() if leaf.is_floating_point() else leaf, batch)
+    except DataError:
+        return batch
 
 
 def as_batches(data: Any) -> Batches:
@@ -171,29 +196,56 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
         yield from _tensors(child)
 
 
+def _samples(batch: Any) -> int | str:
+    """The common length of the first axes of the batch's tensors, or what stands in the way of one."""
+    sizes = {leaf.shape[0] for leaf in _tensors(batch) if leaf.ndim > 0}
+    if len(sizes) != 1:
+        return f"lengths {sorted(sizes)}" if sizes else "no tensor with a first axis"
+    return int(sizes.pop())
+
+
+def _pieces(batch: Any, size: int) -> Iterator[Any]:
+    count = _samples(batch)
+    if isinstance(count, str):
+        raise DataError(f"cannot cut a {type(batch).__name__} with {count} into pieces; leave microbatch out")
+    if count <= size:
+        yield batch
+        return
+    for start in range(0, count, size):
+        yield mapped(partial(_rows, start, start + size), batch)
+
+
+def _rows(start: int, stop: int, leaf: Tensor) -> Tensor:
+    return leaf[start:stop] if leaf.ndim else leaf
+
+
 def _moved(batch: Any, device: torch.device) -> Any:
+    return mapped(lambda leaf: scope.usable(leaf.to(device)), batch)
+
+
+def mapped(f: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The batch with f applied to its tensors; itself where nothing changes. `DataError` if it cannot be rebuilt."""
     if isinstance(batch, Tensor):
-        moved: Tensor = scope.usable(batch.to(device))
-        return moved
+        return f(batch)
     children = _children(batch)
     if children is None:
         return batch
-    moved_children = [_moved(child, device) for child in children]
-    if all(new is old for new, old in zip(moved_children, children, strict=True)):
+    made = [mapped(f, child) for child in children]
+    if all(new is old for new, old in zip(made, children, strict=True)):
         return batch
     if isinstance(batch, Mapping):
-        return _rebuilt_mapping(batch, dict(zip(batch.keys(), moved_children, strict=True)))
+        return _rebuilt_mapping(batch, dict(zip(batch.keys(), made, strict=True)))
     if is_dataclass(batch):
-        return replace(batch, **dict(zip((f.name for f in fields(batch)), moved_children, strict=True)))  # type: ignore[type-var]
+        return replace(batch, **dict(zip((f.name for f in fields(batch)), made, strict=True)))  # type: ignore[type-var]
     if hasattr(batch, "_fields"):
-        return type(batch)(*moved_children)
-    return type(batch)(moved_children)
+        return type(batch)(*made)
+    return type(batch)(made)
 
 
-def _rebuilt_mapping(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+def _rebuilt_mapping(batch: Mapping[Any, Any], made: dict[Any, Any]) -> Any:
     try:
-        return type(batch)(moved)  # type: ignore[call-arg]
+        return type(batch)(made)  # type: ignore[call-arg]
     except TypeError:
         raise DataError(
-            f"cannot move a batch of type {type(batch).__name__} to another device; move it in the DataLoader"
+            f"cannot rebuild a batch of type {type(batch).__name__} with its tensors moved or cut; do it in the loader"
         ) from None

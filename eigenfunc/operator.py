@@ -27,14 +27,16 @@ class LinearOperator:
     like        structure, shapes, dtypes and device of its vectors; the entries are never read
     block       maps a stack (p, *leaf) to a stack, where that is cheaper than one at a time
     minibatches an endless stream of unbiased stand-ins for `matvec`, one mini-batch each, where there are any
-    description what `describe()` says
+    description what `describe()` says, or a function that finds it out
+    noise       relative error of a product where it is more than rounding: that of finite differences, say
     """
 
     matvec: MatVec
     like: Tree
     block: MatVec | None = None
     minibatches: Callable[[], Iterator[MatVec]] | None = None
-    description: str = "linear operator"
+    description: str | Callable[[], str] = "linear operator"
+    noise: float = 0.0
 
     @property
     def size(self) -> int:
@@ -46,7 +48,10 @@ class LinearOperator:
         return (self.size, self.size)
 
     def describe(self) -> str:
-        return f"{self.description}, n = {self.size}"
+        return f"{self._words()}, n = {self.size}"
+
+    def _words(self) -> str:
+        return self.description if isinstance(self.description, str) else self.description()
 
     def __repr__(self) -> str:
         return f"<LinearOperator: {self.describe()}>"
@@ -77,6 +82,7 @@ class LinearOperator:
             stacked,
             None if streams is None else lambda: (change(product) for product in streams()),
             description,
+            self.noise,
         )
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -87,7 +93,8 @@ class LinearOperator:
             lambda v: tree.add(self.matvec(v), other.matvec(v)),
             self.like,
             lambda vs: tree.add(self._matmat(vs), other._matmat(vs)),
-            description=f"({self.description}) + ({other.description})",
+            description=f"({self._words()}) + ({other._words()})",
+            noise=max(self.noise, other.noise),
         )
 
     def __mul__(self, c: float) -> LinearOperator:
@@ -95,7 +102,7 @@ class LinearOperator:
             return NotImplemented
         return self._with(
             lambda matvec: lambda v: tree.scale(c, matvec(v)),
-            f"{c:g} · ({self.description})",
+            f"{c:g} · ({self._words()})",
             stacked=lambda vs: tree.scale(c, self._matmat(vs)),
         )
 
@@ -113,7 +120,7 @@ class LinearOperator:
         """A + σ I: every eigenvalue moves up by σ."""
         return self._with(
             lambda matvec: lambda v: tree.add(matvec(v), tree.scale(sigma, v)),
-            f"({self.description}) + {sigma:g} I",
+            f"({self._words()}) + {sigma:g} I",
             stacked=lambda vs: tree.add(self._matmat(vs), tree.scale(sigma, vs)),
         )
 
@@ -135,7 +142,7 @@ class LinearOperator:
 
         return self._with(
             single,
-            f"({self.description}) without {len(values)} pairs",
+            f"({self._words()}) without {len(values)} pairs",
             stacked=lambda vs: remove(self._matmat(vs), vs),
         )
 
@@ -173,7 +180,8 @@ class LinearOperator:
             like,
             stacked,
             None if streams is None else lambda: (within(product) for product in streams()),
-            f"block {', '.join(like)} of ({self.description})",
+            f"block {', '.join(like)} of ({self._words()})",
+            self.noise,
         )
 
     def to_dense(self, *, chunk: int = 128) -> Tensor:

@@ -39,6 +39,17 @@ def reseed(seed: int, device: torch.device) -> None:
             module.manual_seed(seed)
 
 
+def drawn_since_reseed(seed: int, device: torch.device) -> bool:
+    """Whether random numbers were drawn, on the CPU or on `device`, after `reseed(seed, device)`."""
+    seed %= 2**63
+    if not torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(seed).get_state()):
+        return True
+    if device.type in ("cpu", "meta"):
+        return False
+    module: Any = torch.get_device_module(device)
+    return not torch.equal(module.get_rng_state(device), torch.Generator(device).manual_seed(seed).get_state())
+
+
 def inside_transform() -> bool:
     """Whether a torch.func transform (grad, jvp, vmap, functionalize) is active."""
     functorch: Any = torch._C._functorch

@@ -42,16 +42,64 @@ class Once(torch.autograd.Function):
         return 2 * x * slope
 
 
+class Adjoint(torch.autograd.Function):
+    """The cube, whose backward hands out numbers without a graph, as adjoint solvers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return (3 * x * x * slope).detach()
+
+
 REFUSED: dict[str, Any] = {
     "once differentiable": lambda p, batch: (Once.apply(p) * batch).sum() + (p**4).sum(),
-    "multi margin": lambda p, batch: F.multi_margin_loss(p[None], torch.tensor([1]), p=2),
+    "once differentiable, alone": lambda p, batch: (Once.apply(p) * batch).sum(),
+    "adjoint": lambda p, batch: (Adjoint.apply(p) * batch).sum() + (p**4).sum(),
+    "adjoint, whose zero Hessian is none": lambda p, batch: (Adjoint.apply(p) * batch).sum(),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_differentiates_only_once_is_refused_and_not_wrong(name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_differentiates_only_once_is_refused_and_not_wrong(name: str, dtype: torch.dtype) -> None:
     with pytest.raises(ProductError, match="no two ways"):
-        hessian(REFUSED[name], normal(3), normal(3))
+        hessian(REFUSED[name], normal(3).to(dtype), normal(3).to(dtype))
+
+
+def test_what_nothing_else_can_do_finite_differences_do_on_request() -> None:
+    p, batch, v = normal(3), normal(3) + 1, normal(3) - 0.5
+    A = hessian(REFUSED["adjoint"], p, batch, product="finite-difference")
+    truth = (6 * p * batch + 12 * p**2) * v
+    error = (A(v) - truth).norm() / truth.norm()
+    assert error < 1e-9
+    assert error <= 10 * A.noise
+    assert (A(1000 * v) - 1000 * truth).norm() < 1e-9 * (1000 * truth).norm()
+    assert "finite-difference" in A.describe()
+
+
+REWRITING: dict[str, tuple[Any, str]] = {
+    "max_norm": (lambda p, b: F.embedding(b, p, max_norm=0.5).pow(3).sum(), "max_norm rewrites"),
+    "frequency": (lambda p, b: F.embedding(b, p, scale_grad_by_freq=True).pow(3).sum(), "not the derivative"),
+    "bag": (lambda p, b: F.embedding_bag(b[None], p, max_norm=0.5).pow(3).sum(), "max_norm rewrites"),
+    "parameter": (lambda p, b: p.mul_(0.5).pow(3).sum() + b.sum(), "writes into"),
+    "batch": (lambda p, b: b.add_(1).sum() + p.pow(3).sum(), "writes into a tensor of its batch"),
+}
+
+
+@pytest.mark.parametrize("name", REWRITING)
+def test_losses_that_write_into_their_arguments_are_refused_and_write_nothing(name: str) -> None:
+    loss, message = REWRITING[name]
+    p, batch = normal(4, 2), torch.tensor([0, 2, 1])
+    before = p.clone()
+    with pytest.raises(ObjectiveError, match=message):
+        hessian(loss, p, batch)
+    assert torch.equal(p, before)
+    assert torch.equal(batch, torch.tensor([0, 2, 1]))
 
 
 def test_what_raises_in_the_forward_pass_leaves_everything_as_it_was() -> None:
@@ -129,6 +177,12 @@ def test_vectors_that_do_not_match_are_refused(wrong: str) -> None:
     for product in (A, A.__matmul__, lambda v: hvp(loss, params, normal(1), v)):
         with pytest.raises(TreeError, match="v"):
             product(v)
+
+
+@pytest.mark.parametrize("cache", [-1, "all"])
+def test_caches_that_are_none_are_refused(cache: Any) -> None:
+    with pytest.raises(InputError, match="cache"):
+        hessian(lambda p, b: (p**2).sum(), normal(2), normal(1), cache=cache)
 
 
 def test_unknown_products_and_chunks_are_refused() -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from eigenfunc import scope, tree
-from eigenfunc.curvature import products
-from eigenfunc.curvature.mends import mended
-from eigenfunc.curvature.products import WAYS, Loss, Product
+from eigenfunc.curvature import products, rehearsal
+from eigenfunc.curvature.mends import Seen, mended
+from eigenfunc.curvature.products import ON_REQUEST, WAYS, Loss, Product
+from eigenfunc.curvature.proof import Proof, check_mends, prove
+from eigenfunc.curvature.sweep import Sweep, budget_for
 from eigenfunc.data import Batches, Reader, as_batches, average
-from eigenfunc.errors import DataError, DataWarning, InputError, ObjectiveError
+from eigenfunc.errors import InputError, ObjectiveError
 from eigenfunc.operator import LinearOperator, MatVec
 from eigenfunc.tree import Tree
+
+_KEPT = "graph"  # the way whose work between products can be kept
 
 
 def hessian(
@@ -28,8 +29,8 @@ def hessian(
     data: Any,
     *,
     product: str = "auto",
-    cache: int = 2**30,
-    chunk: int = 8,
+    cache: int | Literal["auto"] = "auto",
+    chunk: int | None = None,
     check: bool = True,
 ) -> LinearOperator:
     """The Hessian of `loss(params, batch)` over `data` with respect to `params`, never formed.
@@ -38,23 +39,31 @@ def hessian(
     params   pytree of real floating-point tensors on one device: the point, held by reference. Its values may not
              change while the operator is in use
     data     one batch, a DataLoader, or `Batches`: the mean (or sum) over all of it, whatever the cut
-    product  "auto" takes the fastest way that a second, different way confirms on the first batch; "graph" (kept
-             gradient graph), "jvp" (forward over reverse) or "vjp" forces one
-    cache    bytes of gradient graphs that may be kept between products, for all batches or for none
-    chunk    vectors multiplied at once in `matmat`
-    check    read the data twice at set-up, forward only, to see that it repeats, and prove the product
+    product  "auto" takes the fastest of the ways that agree with one another on the first batch; "graph" (kept
+             gradient graph), "jvp" (forward over reverse), "dual" (the same without torch.func) or "vjp" forces one.
+             "finite-difference" differentiates the gradient by central differences, four gradients a product, with
+             an error that is measured and becomes the noise of the operator
+    cache    bytes of gradient graphs that may be kept between products, "auto" for half of the free memory, 0 for
+             none. Graphs that do not fit are made anew for each product
+    chunk    vectors multiplied at once in `matmat`; None measures what is fastest, and out of memory halves it
+    check    read the data twice at set-up, forward only, to see that it repeats and that the loss changes neither
+             its parameters nor its batch, and prove the product; False takes all of that on trust
 
     Dropout draws the same mask for a batch in every product; BatchNorm in train mode uses each batch's statistics
-    and changes no buffer. Inside a torch.func transform no check is made and every product is `hvp`.
+    and changes no buffer. What is computed under `torch.no_grad()` is a constant. Inside a torch.func transform no
+    check is made and every product is `hvp`.
 
-    Raises `ObjectiveError` (not a scalar, no parameter in it, parameters that are NaN), `DataError` (no batch,
-    cannot be weighed, or a non-finite loss, naming the batch), `ProductError` (no two ways agree); warns with
-    `DataWarning` where two passes over the data disagree.
+    Raises `ObjectiveError` (not a scalar, no parameter in it, parameters that are NaN, written in place), `DataError`
+    (no batch, cannot be weighed or cut, or a non-finite loss, naming the batch), `ProductError` (no two ways agree);
+    warns with `DataWarning` where two passes over the data disagree.
     """
-    if product != "auto" and product not in WAYS:
-        raise InputError(f"product must be 'auto' or one of {', '.join(map(repr, WAYS))}; got {product!r}")
-    if chunk < 1:
+    ways = [*WAYS, *ON_REQUEST]
+    if product != "auto" and product not in ways:
+        raise InputError(f"product must be 'auto' or one of {', '.join(map(repr, ways))}; got {product!r}")
+    if chunk is not None and chunk < 1:
         raise InputError(f"chunk must be at least 1, got {chunk}")
+    if cache != "auto" and (isinstance(cache, str) or cache < 0):
+        raise InputError(f"cache must be 'auto' or a number of bytes, got {cache!r}")
     tree.check_vector_space(params, "params")
     device = tree.device(params)
     batches = as_batches(data)
@@ -63,63 +72,74 @@ def hessian(
     with scope.untouched(device):
         point = scope.usable(tree.tree_map(lambda leaf: leaf.detach(), params))
     reader = Reader(batches.on(device), device)
-    if not all(bool(torch.isfinite(leaf).all()) for leaf in tree.leaves(point)):
-        bad = [n for n, leaf in zip(tree.names(point), tree.leaves(point), strict=True) if not leaf.isfinite().all()]
-        raise ObjectiveError(f"parameter '{bad[0]}' holds NaN or infinity")
-    words = f"way '{product}', as asked"
+    for name, leaf in zip(tree.names(point), tree.leaves(point), strict=True):
+        if not bool(torch.isfinite(leaf).all()):
+            raise ObjectiveError(f"parameter '{name}' holds NaN or infinity")
+    return _assemble(loss, point, reader, product, budget_for(cache, device), chunk, check)
+
+
+def _assemble(
+    loss: Loss, point: Tree, reader: Reader, product: str, budget: int, chunk: int | None, check: bool
+) -> LinearOperator:
+    refs = tree.leaves(point)
+
+    def prepare(way: str, index: int, batch: Any) -> Product:
+        return {**WAYS, **ON_REQUEST}[way](products.of_leaves(loss, batch, point, reader.seed + index), refs)
+
+    in_order = rehearsal.rehearse(loss, point, reader) if check else isinstance(reader.batches.data, (list, tuple))
+    seen, noise = Seen(), 0.0
+    proof = Proof((_KEPT if product == "auto" else product,), "not checked")
+    with scope.untouched(reader.device), mended(seen):
+        index, batch = reader.first()
+        f = products.of_leaves(loss, batch, point, reader.seed + index)
+        if product in ON_REQUEST:
+            noise = products.relative_error(f, refs)
+            proof = Proof((product,), f"as asked, with a relative error of {noise:.0e}")
+        elif check:
+            proof = prove(f, refs, tree.names(point), seen, None if product == "auto" else product)
+        ways = [product] if product != "auto" else list(proof.ways)
+    if check and seen.names:
+        with scope.untouched(reader.device):
+            check_mends(f, refs, tree.names(point), seen, reader.seed + index)
+    sweep = Sweep(reader, point, partial(prepare, ways[0]), chunk)
+    if _KEPT in ways and budget > 0:
+        sweep.keep(partial(prepare, _KEPT), budget, in_order=in_order)
+    way, words = ways[0], ""
     if check:
-        _check_data(loss, point, reader)
-    if check or product == "auto":
-        proof = _prove(loss, point, reader)
-        if product == "auto":
-            product, words = proof.way, proof.words
-    return _assemble(loss, point, reader, product, cache, chunk, words)
-
-
-def _assemble(loss: Loss, point: Tree, reader: Reader, way: str, cache: int, chunk: int, words: str) -> LinearOperator:
-    refs, rebuild = tree.flatten(point)
-
-    def prepare(index: int, batch: Any) -> Product:
-        return WAYS[way](products.of_leaves(loss, batch, point, reader.seed + index), refs)
-
-    kept = _keep(reader, prepare, cache) if way == "graph" and cache > 0 else None
-
-    def parts() -> Iterator[tuple[float, Callable[[], Product]]]:
-        if kept is not None:
-            yield from ((weight, partial(_same, made)) for weight, made in kept)
-            return
-        for index, weight, batch in reader.one_pass():
-            yield weight, partial(prepare, index, batch)
-
-    def total(use: Callable[[Product], Tree]) -> Tree:
-        with scope.untouched(reader.device), mended():
-            return average(((w, partial(_applied, use, make)) for w, make in parts()), reader.batches.reduction)
-
+        way, words = _timed(sweep, f, refs, ways, partial(prepare, index=index, batch=batch))
+        sweep.remake = partial(prepare, way)
+    mends = f"; mends met: {', '.join(sorted(seen.names))}" if seen.names else ""
     pure = _pure(loss, point, reader.batches)
 
     def matvec(v: Tree) -> Tree:
-        if scope.inside_transform():
-            return pure(v)
-        return total(lambda product: rebuild(product(tree.leaves(v))))
+        return pure(v) if scope.inside_transform() else sweep.matvec(v)
 
-    def block(vs: Tree) -> Tree:
-        return total(lambda product: rebuild(_in_chunks(product, tree.leaves(vs), chunk, way)))
+    def describe() -> str:
+        return f"Hessian, way '{way}', {proof.words}{mends}; {sweep.describe()}{words}"
 
-    def minibatches() -> Iterator[MatVec]:
-        """One batch after the other, for ever, each scaled so that its mean over a pass is the whole matrix."""
-        weights = [weight for weight, _ in parts()]
-        whole = sum(weights) if reader.batches.reduction == "mean" else 1.0
-        while True:
-            for weight, make in parts():
-                share = weight * len(weights) / whole
-                yield partial(one, make, share)
+    return LinearOperator(matvec, point, sweep.matmat, sweep.minibatches, describe, noise)
 
-    def one(make: Callable[[], Product], share: float, v: Tree) -> Tree:
-        with scope.untouched(reader.device), mended():
-            return tree.scale(share, rebuild(make()(tree.leaves(v))))
 
-    held = "graphs of all batches kept" if kept is not None else "recomputed for each product"
-    return LinearOperator(matvec, point, block, minibatches, f"Hessian, {words}, {held}")
+def _timed(
+    sweep: Sweep, f: products.Function, refs: list[Tensor], ways: list[str], prepare: Callable[[str], Product]
+) -> tuple[str, str]:
+    """The fastest of the ways, its set-up included unless all graphs are kept, and the figures on the first batch."""
+    with scope.untouched(sweep.reader.device), mended():
+        leaves = [leaf.detach().requires_grad_() for leaf in refs]
+        v = [torch.ones_like(leaf) for leaf in refs]
+        gradient = sweep.seconds(lambda: products.slopes(f(leaves), leaves))
+        if sweep.complete:
+            kept = next(iter(sweep.kept.values())).product
+            way, spent = _KEPT, sweep.seconds(lambda: kept.single(v))
+        else:
+            times = {way: sweep.seconds(partial(_once, prepare, way, v)) for way in ways}
+            way = min(times, key=times.__getitem__)
+            spent = times[way]
+    return way, f"; on the first batch {1e3 * spent:.3g} ms a product, {1e3 * gradient:.3g} ms a gradient"
+
+
+def _once(prepare: Callable[[str], Product], way: str, v: list[Tensor]) -> list[Tensor]:
+    return prepare(way).single(v)
 
 
 def _pure(loss: Loss, params: Tree, batches: Batches) -> MatVec:
@@ -132,106 +152,3 @@ def _pure(loss: Loss, params: Tree, batches: Batches) -> MatVec:
         return average(parts(), batches.reduction)
 
     return matvec
-
-
-def _in_chunks(product: Any, vs: list[Tensor], chunk: int, way: str) -> list[Tensor]:
-    count = vs[0].shape[0]
-    out: list[list[Tensor]] = []
-    for start in range(0, count, chunk):
-        piece = [v[start : start + chunk] for v in vs]
-        if chunk == 1:
-            out.append([x[None] for x in product([x[0] for x in piece])])
-        elif way == "graph":
-            out.append(product(piece, batched=True))
-        else:
-            out.append(list(torch.func.vmap(product, randomness="same")(piece)))
-    return [torch.cat(blocks) for blocks in zip(*out, strict=True)]
-
-
-def _same(product: Product) -> Product:
-    return product
-
-
-def _applied(use: Callable[[Product], Tree], make: Callable[[], Product]) -> Tree:
-    return use(make())
-
-
-def _keep(reader: Reader, prepare: Callable[[int, Any], Product], budget: int) -> list[tuple[float, Product]] | None:
-    """The products of all batches with their graphs, or None where those would not fit into `budget` bytes."""
-    kept: list[tuple[float, Product]] = []
-    used = 0
-    with scope.untouched(reader.device), mended():
-        for index, weight, batch in reader.one_pass():
-            if weight == 0:
-                continue
-            with _counted() as storages:
-                try:
-                    made = prepare(index, batch)
-                except RuntimeError as error:
-                    if "saved tensor hooks" in str(error):
-                        return None
-                    raise
-            used += sum(storages.values())
-            if used > budget:
-                return None
-            kept.append((weight, made))
-    return kept
-
-
-@contextmanager
-def _counted() -> Iterator[dict[int, int]]:
-    """Collects the storages that autograd saves: address -> bytes."""
-    storages: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        yield storages
-
-
-def _check_data(loss: Loss, point: Tree, reader: Reader) -> None:
-    """Read the data twice: every loss finite, and the same mean in both passes."""
-
-    def mean() -> Tensor:
-        def parts() -> Iterator[tuple[float, Callable[[], Tensor]]]:
-            for index, weight, batch in reader.one_pass():
-                yield weight, partial(value, index, batch)
-
-        out: Tensor = average(parts(), reader.batches.reduction)
-        return out
-
-    def value(index: int, batch: Any) -> Tensor:
-        f = products.of_leaves(loss, batch, point, reader.seed + index)
-        with torch.no_grad():
-            out = f(tree.leaves(point)).double()
-        if not bool(torch.isfinite(out)):
-            raise DataError(
-                f"the loss of batch {index} is {out.item()}: no derivative exists there. Look for bad samples in the "
-                "batch, or for an overflow in the model at these parameters"
-            )
-        return out
-
-    with scope.untouched(reader.device), mended():
-        first, second = float(mean()), float(mean())
-    if abs(first - second) > 100 * tree.coarsest_eps(point) * max(abs(first), abs(second)):
-        warnings.warn(
-            f"two passes over the data give different losses ({first:.8g} and {second:.8g}): the matrix changes "
-            "between products. Batches may be shuffled where the model's dropout or BatchNorm depends on the cut, or "
-            "samples augmented at random: pass a loader with shuffle=False, freeze the data with "
-            "Batches(list(loader)), or switch the model to eval()",
-            DataWarning,
-            stacklevel=4,
-        )
-
-
-def _prove(loss: Loss, point: Tree, reader: Reader) -> products.Proof:
-    for index, weight, batch in reader.one_pass():
-        if weight == 0:
-            continue
-        f = products.of_leaves(loss, batch, point, reader.seed + index)
-        with scope.untouched(reader.device), mended():
-            return products.prove(f, tree.leaves(point), tree.names(point))
-    raise DataError("the data is empty: no batch, or none with a positive weight")

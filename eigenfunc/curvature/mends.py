@@ -2,65 +2,167 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.utils.checkpoint
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from eigenfunc.curvature.elementary import SWAPS
 
-@contextmanager
-def math_attention() -> Iterator[None]:
+
+class Seen:
+    """What the mends met: their names, and the rounding unit of the coarsest operation between parameters and loss,
+    which is what any two ways to the same derivative may differ by."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.eps = 0.0
+
+
+def math_attention(seen: Seen) -> AbstractContextManager[Any]:
     """Fused attention kernels have neither forward AD nor a double backward; the composite one has both."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    return sdpa_kernel(SDPBackend.MATH)
 
 
-def _reduced(x: Tensor, reduction: str) -> Tensor:
-    return x.mean() if reduction == "mean" else x.sum() if reduction == "sum" else x
+class ElementaryFormulas(TorchFunctionMode):
+    """Functions that fail when differentiated twice, in elementary operations; see `elementary`."""
 
-
-def _mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    return _reduced((input - target) ** 2, reduction)
-
-
-def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0) -> Tensor:
-    error = input - target
-    size = error.abs()
-    return _reduced(torch.where(size <= delta, error**2 / 2, delta * (size - delta / 2)), reduction)
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-_ELEMENTARY: dict[Any, tuple[Callable[..., Tensor], int, frozenset[str]]] = {
-    # function: (formula, positional arguments, keyword arguments that the formula knows)
-    nn.functional.mse_loss: (_mse_loss, 2, frozenset({"reduction"})),
-    nn.functional.huber_loss: (_huber_loss, 2, frozenset({"reduction", "delta"})),
-    torch._weight_norm: (_weight_norm, 3, frozenset()),
-}
-
-
-class Elementary(TorchFunctionMode):
-    """Functions whose fused kernels lack a forward or have a wrong second derivative, in elementary operations.
-
-    Calls with options that the elementary formula does not know (sample weights, say) pass through.
-    """
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = {name: value for name, value in (kwargs or {}).items() if value is not None}
-        formula, count, known = _ELEMENTARY.get(func, (None, 0, frozenset()))
-        if formula is None or len(args) != count or not named.keys() <= known:
-            return func(*args, **(kwargs or {}))
+        out = self._call(func, args, kwargs or {})
+        if isinstance(out, Tensor) and out.is_floating_point() and out.requires_grad:
+            self.seen.eps = max(self.seen.eps, torch.finfo(out.dtype).eps)
+        return out
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        formula = SWAPS.get(func)
+        if formula is None:
+            return func(*args, **kwargs)
+        named = {name: value for name, value in kwargs.items() if value is not None}
+        try:
+            inspect.signature(formula).bind(*args, **named)
+        except TypeError:
+            return func(*args, **kwargs)
+        self.seen.names.add(func.__name__.strip("_"))
         return formula(*args, **named)
 
 
+_READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class Constants(TorchFunctionMode):
+    """What is computed under `torch.no_grad()`, or read off `.data`, is a constant to forward AD, as it is to backward.
+
+    Asking a tensor to require grad that does so already is granted, which torch.func would refuse.
+    """
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _READ_DATA:
+            return args[0].detach()
+        if func is Tensor.requires_grad_ and args[0].requires_grad and args[1:] in ((), (True,)) and not kwargs:
+            return args[0]
+        out = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            switch: Any = torch._C
+            switch._set_fwd_grad_enabled(*args)
+            if not args[0]:
+                self.seen.names.add("no_grad")
+        return out
+
+
+class _PlainCheckpoints:
+    """`torch.utils.checkpoint` calls its function plainly, in the threads that ask for it.
+
+    It works by hooks that torch.func does not know, and would recompute the forward pass in every product. The
+    functions behind it are replaced while any thread is inside, and put back when the last one leaves.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = threading.local()
+        self._depth = 0
+        self._originals: dict[str, Any] = {}
+
+    @contextmanager
+    def __call__(self, seen: Seen) -> Iterator[None]:
+        before = getattr(self._inside, "seen", None)
+        self._enter()
+        self._inside.seen = seen
+        try:
+            yield
+        finally:
+            self._inside.seen = before
+            self._leave()
+
+    def _met(self) -> bool:
+        """Whether this thread is inside; notes that a checkpoint was met."""
+        seen: Seen | None = getattr(self._inside, "seen", None)
+        if seen is not None:
+            seen.names.add("checkpoint")
+        return seen is not None
+
+    def _enter(self) -> None:
+        module: Any = torch.utils.checkpoint
+        with self._lock:
+            self._depth += 1
+            if self._depth > 1:
+                return
+            generator, function = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
+            self._originals = {
+                "_checkpoint_without_reentrant_generator": generator,
+                "CheckpointFunction": function,
+            }
+
+            def plain(*args: Any, **kwargs: Any) -> Iterator[None]:
+                if self._met():
+                    return iter([None])
+                hooked: Iterator[None] = generator(*args, **kwargs)
+                return hooked
+
+            class Plain:
+                @staticmethod
+                def apply(f: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+                    return f(*args) if self._met() else function.apply(f, preserve, *args)
+
+            module._checkpoint_without_reentrant_generator, module.CheckpointFunction = plain, Plain
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                for name, original in self._originals.items():
+                    setattr(torch.utils.checkpoint, name, original)
+
+
+plain_checkpoints = _PlainCheckpoints()
+
+MENDS: dict[str, Callable[[Seen], AbstractContextManager[Any]]] = {
+    "math attention": math_attention,
+    "plain checkpoints": plain_checkpoints,
+    "constants": Constants,
+    "elementary formulas": ElementaryFormulas,
+}
+
+
 @contextmanager
-def mended() -> Iterator[None]:
-    """All mends, for the forward pass and for every backward pass through its graph."""
-    with math_attention(), Elementary():
-        yield
+def mended(seen: Seen | None = None) -> Iterator[Seen]:
+    """All mends, for the forward pass and for every backward pass through its graph; yields what they met."""
+    seen = Seen() if seen is None else seen
+    with ExitStack() as stack:
+        for mend in MENDS.values():
+            stack.enter_context(mend(seen))
+        yield seen

@@ -1,26 +1,39 @@
-"""The ways to form a Hessian-vector product of one batch, and the proof that one of them is right.
+"""The ways to form a Hessian-vector product of one batch.
 
 A way takes a function of a list of tensors and the point, does its set-up, and returns the product on such lists.
-Each has its own failures: fused kernels without forward AD, custom functions that differentiate once, in-place
-buffers. So no way is trusted alone: `prove` accepts one when a second, different one agrees with it block by block.
+Each has its own failures: fused kernels without forward AD, custom functions that differentiate once, hooks that
+torch.func does not know. So none is trusted alone: `proof.prove` holds ways of different kinds against each other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature.mends import mended
-from eigenfunc.errors import EigenfuncError, ObjectiveError, ProductError
+from eigenfunc.errors import ObjectiveError
 from eigenfunc.tree import Tree
 
 Loss = Callable[[Tree, Any], Tensor]
 Function = Callable[[Sequence[Tensor]], Tensor]
-Product = Callable[[Sequence[Tensor]], list[Tensor]]
+Map = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+forward_ad: Any = _forward_ad
+
+
+class Product(NamedTuple):
+    single: Map  # one vector, as a list of tensors shaped as the point
+    block: Map  # a stack of vectors, with a leading axis on every tensor
+
+
+Way = Callable[[Function, Sequence[Tensor]], Product]
 
 
 def scalar(value: Any) -> Tensor:
@@ -43,28 +56,33 @@ def graph(f: Function, point: Sequence[Tensor]) -> Product:
     blocks. Only outside of transforms.
     """
     leaves = [leaf.detach().requires_grad_() for leaf in point]
-    value = f(leaves)
-    if not value.requires_grad:
-        raise ObjectiveError(_INDEPENDENT)
-    slopes = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-    if all(slope is None for slope in slopes):
-        raise ObjectiveError(_INDEPENDENT)
-    live = [i for i, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
+    gradient = slopes(f(leaves), leaves, create_graph=True)
+    live = [i for i, slope in enumerate(gradient) if slope is not None and slope.requires_grad]
 
-    def product(v: Sequence[Tensor], batched: bool = False) -> list[Tensor]:
+    def pulled(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
         if not live:
             return [torch.zeros_like(x) for x in v]
-        pulled = torch.autograd.grad(
-            [slopes[i] for i in live],
+        out = torch.autograd.grad(
+            [gradient[i] for i in live],
             leaves,
             [v[i] for i in live],
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=batched,
         )
-        return [torch.zeros_like(x) if out is None else out.detach() for x, out in zip(v, pulled, strict=True)]
+        return [torch.zeros_like(x) if block is None else block.detach() for x, block in zip(v, out, strict=True)]
 
-    return product
+    return Product(lambda v: pulled(v, False), lambda vs: pulled(vs, True))
+
+
+def slopes(value: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> list[Any]:
+    """The gradient, None for what the loss does not use; `ObjectiveError` if it uses nothing."""
+    if not value.requires_grad:
+        raise ObjectiveError(_INDEPENDENT)
+    gradient = torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True)
+    if all(slope is None for slope in gradient):
+        raise ObjectiveError(_INDEPENDENT)
+    return list(gradient)
 
 
 _INDEPENDENT = (
@@ -73,19 +91,111 @@ _INDEPENDENT = (
 )
 
 
-def vjp(f: Function, point: Sequence[Tensor]) -> Product:
-    """`torch.func.vjp` of `grad`: the kept graph in functional form."""
-    pull: Any = torch.func.vjp(torch.func.grad(f), list(point))[1]
-    return lambda v: list(pull(list(v))[0])
-
-
 def jvp(f: Function, point: Sequence[Tensor]) -> Product:
     """`torch.func.jvp` of `grad`, forward over reverse: least memory, and it composes with every transform."""
     slope = torch.func.grad(f)
-    return lambda v: list(torch.func.jvp(slope, (list(point),), (list(v),))[1])
+
+    def pushed(v: Sequence[Tensor]) -> list[Tensor]:
+        return list(torch.func.jvp(slope, (list(point),), (list(v),))[1])
+
+    return Product(pushed, lambda vs: list(torch.func.vmap(pushed, randomness="same")(list(vs))))
 
 
-WAYS: dict[str, Callable[[Function, Sequence[Tensor]], Product]] = {"graph": graph, "jvp": jvp, "vjp": vjp}
+def dual(f: Function, point: Sequence[Tensor]) -> Product:
+    """Forward over reverse by dual numbers through plain autograd, for what torch.func does not take."""
+
+    def pushed(v: Sequence[Tensor]) -> list[Tensor]:
+        with forward_ad.dual_level():
+            leaves = [forward_ad.make_dual(x.detach().requires_grad_(), t) for x, t in zip(point, v, strict=True)]
+            gradient = slopes(f(leaves), leaves)
+            tangents = [None if slope is None else forward_ad.unpack_dual(slope).tangent for slope in gradient]
+            return [torch.zeros_like(x) if t is None else t for x, t in zip(v, tangents, strict=True)]
+
+    return Product(pushed, _looped(pushed))
+
+
+def vjp(f: Function, point: Sequence[Tensor]) -> Product:
+    """`torch.func.vjp` of `grad`: the kept graph in functional form."""
+    pull: Any = torch.func.vjp(torch.func.grad(f), list(point))[1]
+
+    def pulled(v: Sequence[Tensor]) -> list[Tensor]:
+        return list(pull(list(v))[0])
+
+    return Product(pulled, lambda vs: list(torch.func.vmap(pulled)(list(vs))))
+
+
+def differences(f: Function, point: Sequence[Tensor]) -> Product:
+    """Central differences of the gradient, of fourth order, along the unit vector; see `estimate`."""
+    step = best_step(f, point)
+
+    def product(v: Sequence[Tensor]) -> list[Tensor]:
+        return estimate(f, point, v, step)[0]
+
+    return Product(product, _looped(product))
+
+
+def _looped(single: Map) -> Map:
+    def block(vs: Sequence[Tensor]) -> list[Tensor]:
+        count = vs[0].shape[0]
+        images = [single([v[i] for v in vs]) for i in range(count)]
+        return [torch.stack(blocks) for blocks in zip(*images, strict=True)]
+
+    return block
+
+
+def estimate(
+    f: Function, point: Sequence[Tensor], v: Sequence[Tensor], step: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """H v by differences of the gradient at distances `step` and 2 `step` along v/‖v‖, and its error block by block.
+
+    The error (0-dim tensors) is what the second-order and the fourth-order formula differ by, which covers rounding,
+    curvature and kinks alike.
+    """
+    length = tree.norm(list(v))
+    if float(length) == 0:
+        return [torch.zeros_like(x) for x in v], [torch.zeros((), dtype=torch.float64, device=x.device) for x in v]
+    unit = tree.scale(1 / length, list(v))
+
+    def slope(t: float) -> list[Tensor]:
+        leaves = [(x.detach() + t * u).requires_grad_() for x, u in zip(point, unit, strict=True)]
+        gradient = slopes(f(leaves), leaves)
+        return [torch.zeros_like(x) if s is None else s.detach() for x, s in zip(leaves, gradient, strict=True)]
+
+    def central(h: float) -> list[Tensor]:
+        difference: list[Tensor] = tree.scale(length / (2 * h), tree.sub(slope(h), slope(-h)))
+        return difference
+
+    near, far = central(step), central(2 * step)
+    best = [a + (a - b) / 3 for a, b in zip(near, far, strict=True)]
+    return best, [torch.linalg.vector_norm(a - b, dtype=torch.float64) / 3 for a, b in zip(near, far, strict=True)]
+
+
+def best_step(f: Function, point: Sequence[Tensor]) -> float:
+    """The distance, among a few, at which the differences along one random vector have the smallest error."""
+    generator = torch.Generator().manual_seed(0)
+    v = [tree.randn(x, generator) for x in point]
+    eps = tree.coarsest_eps(list(point))
+    size = max(float(tree.norm(list(point))), 1e-3)
+
+    def error(step: float) -> float:
+        total = float(tree.norm(estimate(f, point, v, step)[1]))
+        return total if math.isfinite(total) else math.inf
+
+    steps: list[float] = [size * eps**power for power in (1 / 5, 1 / 4, 1 / 3, 1 / 2.5)]
+    return min(steps, key=error)
+
+
+def relative_error(f: Function, point: Sequence[Tensor]) -> float:
+    """The error of `differences` on one random vector, relative to the product."""
+    generator = torch.Generator().manual_seed(1)
+    image, errors = estimate(f, point, [tree.randn(x, generator) for x in point], best_step(f, point))
+    size = float(tree.norm(image))
+    return float(tree.norm(errors)) / size if size > 0 else 0.0
+
+
+WAYS: dict[str, Way] = {"graph": graph, "jvp": jvp, "dual": dual, "vjp": vjp}
+FORWARD = frozenset({"jvp", "dual"})  # the others are reverse over reverse
+ON_REQUEST: dict[str, Way] = {"finite-difference": differences}
 
 
 def of_leaves(loss: Loss, batch: Any, params: Tree, seed: int | None = None) -> Function:
@@ -112,74 +222,4 @@ def hvp(loss: Loss, params: Tree, batch: Any, v: Tree) -> Tree:
     with scope.untouched(tree.device(params)), mended():
         params, batch, v = scope.usable(params), scope.usable(batch), scope.usable(v)
         leaves, rebuild = tree.flatten(params)
-        return rebuild(jvp(of_leaves(loss, batch, params), leaves)(tree.leaves(v)))
-
-
-class Proof(NamedTuple):
-    way: str
-    words: str  # which way, and what it was checked against
-
-
-def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str]) -> Proof:
-    """The first way that a second one confirms, block by block, and that is symmetric on a random pair.
-
-    Raises `ProductError` with the figures where no two ways agree.
-    """
-    generator = torch.Generator().manual_seed(0)
-    u, v = ([tree.randn(x, generator) for x in point] for _ in range(2))
-    products: dict[str, list[Tensor]] = {}
-    trouble: dict[str, str] = {}
-    for name, way in WAYS.items():
-        try:
-            product = way(f, point)
-            image = product(v)
-            skew, size = (0.0, 1.0) if products else _asymmetry(u, v, product(u), image)
-        except EigenfuncError:
-            raise
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            trouble[name] = str(error).strip().splitlines()[0][:200]
-            continue
-        if not all(torch.isfinite(block).all() for block in image):
-            trouble[name] = "the product holds NaN or infinity"
-            continue
-        if skew > _tolerance(point) * size:
-            trouble[name] = f"not symmetric: ⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {skew:.2e} of {size:.2e}"
-            continue
-        for other, known in products.items():
-            worst, label = _disagreement(known, image, labels)
-            if worst <= _tolerance(point):
-                without = "".join(f"; {failed} failed: {why}" for failed, why in trouble.items())
-                return Proof(other, f"way '{other}', confirmed by '{name}' to {worst:.0e} in every block{without}")
-            trouble[f"{other} against {name}"] = f"block '{label}' differs by {worst:.1e}"
-        products[name] = image
-    figures = "\n".join(f"  {name}: {why}" for name, why in trouble.items())
-    raise ProductError(
-        f"no two ways of forming the Hessian-vector product agree on this loss:\n{figures}\n"
-        "Look for operations without second derivatives, custom autograd functions, or randomness in the forward "
-        f"pass; product='{next(iter(products), 'graph')}' takes one way without proof"
-    )
-
-
-def _tolerance(point: Sequence[Tensor]) -> float:
-    eps = tree.coarsest_eps(list(point))
-    return 1e-8 if eps < 1e-12 else 1e-3 if eps < 1e-6 else 16 * eps
-
-
-def _asymmetry(u: list[Tensor], v: list[Tensor], hu: list[Tensor], hv: list[Tensor]) -> tuple[float, float]:
-    """|⟨u, Hv⟩ − ⟨v, Hu⟩| and the size its rounding is relative to."""
-    skew = tree.dot(u, hv) - tree.dot(v, hu)
-    size = tree.norm(u) * tree.norm(hv) + tree.norm(v) * tree.norm(hu)
-    return float(skew.abs()), float(size)
-
-
-def _disagreement(a: list[Tensor], b: list[Tensor], labels: Sequence[str]) -> tuple[float, str]:
-    """Largest relative difference over the blocks; a block far below the whole is held against its rounding."""
-    rounding = 1e-3 * float(tree.norm(a)) * tree.coarsest_eps(a) ** 0.25
-    worst, where = 0.0, labels[0]
-    for label, x, y in zip(labels, a, b, strict=True):
-        size = max(float(tree.norm(x)), rounding)
-        difference = float(tree.norm(tree.sub(x, y)))
-        relative = difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
-        if relative > worst:
-            worst, where = relative, label
-    return worst, where
+        return rebuild(jvp(of_leaves(loss, batch, params), leaves).single(tree.leaves(v)))

@@ -1,0 +1,172 @@
+"""The proof that a way of forming products is right on a loss: one of another kind agrees, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eigenfunc import scope, tree
+from eigenfunc.curvature import products
+from eigenfunc.curvature.mends import Seen, mended
+from eigenfunc.curvature.products import FORWARD, WAYS, Function
+from eigenfunc.errors import EigenfuncError, ProductError
+
+_DIFFERENCES = "central differences"
+
+
+class Proof(NamedTuple):
+    ways: tuple[str, ...]  # those that agree, in the order of WAYS
+    words: str  # what was held against what
+
+
+def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], seen: Seen, wanted: str | None = None) -> Proof:
+    """The ways that agree block by block on a random vector, once two of different kinds do, `wanted` among them.
+
+    Kinds are reverse over reverse and forward over reverse, for a wrong formula for a second derivative can mislead
+    all ways of one kind. Where only one kind can be had, it is held against differences of the gradient. The first
+    way must be symmetric on a random pair of vectors too.
+
+    Raises `ProductError` with the figures where no two agree.
+    """
+    generator = torch.Generator().manual_seed(0)
+    u, v = ([tree.randn(x, generator) for x in point] for _ in range(2))
+    images: dict[str, list[Tensor]] = {}
+    trouble: dict[str, str] = {}
+    for name in sorted(WAYS, key=lambda way: way != wanted):
+        try:
+            product = WAYS[name](f, point)
+            image = product.single(v)
+            other = None if images else product.single(u)
+            if problem := _flaw(u, v, image, other, _tolerance(point, seen.eps)):
+                trouble[name] = problem
+                continue
+        except EigenfuncError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            trouble[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            continue
+        images[name] = image
+        agreeing = {name, *_agreeing(images, name, labels, seen.eps, trouble)}
+        if len({way in FORWARD for way in agreeing}) == 2 and (wanted is None or wanted in agreeing):
+            worst = max(_disagreement(images[way], image, labels, seen.eps)[0] for way in agreeing)
+            words = f"confirmed by '{name}' to {worst:.0e} in every block"
+            return Proof(tuple(way for way in WAYS if way in agreeing), words + _failures(trouble))
+    for name in images if wanted is None else [wanted] if wanted in images else []:
+        found = _against_differences(f, point, v, images[name], labels, min(20 * _tolerance(point, seen.eps), 0.05))
+        if isinstance(found, float):
+            words = f"confirmed by {_DIFFERENCES} of the gradient to {found:.0e} in every block"
+            return Proof((name,), words + _failures(trouble))
+        trouble[f"{name} against {_DIFFERENCES}"] = found
+    figures = "\n".join(f"  {name}: {why}" for name, why in trouble.items())
+    raise ProductError(
+        f"no two ways of forming the Hessian-vector product agree on this loss:\n{figures}\n"
+        "Look for operations without second derivatives, custom autograd functions, or randomness in the forward "
+        "pass; product='finite-difference' differentiates the gradient by differences, check=False takes one way "
+        "without proof"
+    )
+
+
+def _failures(trouble: dict[str, str]) -> str:
+    return "".join(f"; {name}: {why}" for name, why in trouble.items())
+
+
+def _flaw(
+    u: list[Tensor], v: list[Tensor], image: list[Tensor], other: list[Tensor] | None, tolerance: float
+) -> str | None:
+    """What rules a way out by itself: entries of H v that are not finite or, given H u, ⟨u, Hv⟩ ≠ ⟨v, Hu⟩."""
+    if not all(bool(torch.isfinite(block).all()) for block in image):
+        return "the product holds NaN or infinity"
+    if other is None:
+        return None
+    skew = float((tree.dot(u, image) - tree.dot(v, other)).abs())
+    size = float(tree.norm(u) * tree.norm(image) + tree.norm(v) * tree.norm(other))
+    if skew > tolerance * size:
+        return f"not symmetric: ⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {skew:.2e} of {size:.2e}"
+    return None
+
+
+def _agreeing(
+    images: dict[str, list[Tensor]], name: str, labels: Sequence[str], eps: float, trouble: dict[str, str]
+) -> list[str]:
+    """The earlier ways that `name` agrees with; notes where it does not."""
+    found = []
+    for other, known in images.items():
+        if other == name:
+            continue
+        worst, label = _disagreement(known, images[name], labels, eps)
+        if worst <= _tolerance(known, eps):
+            found.append(other)
+        else:
+            trouble[f"{other} against {name}"] = f"block '{label}' differs by {worst:.1e}"
+    return found
+
+
+def _tolerance(point: Sequence[Tensor], eps: float) -> float:
+    """What rounding may make two ways differ by, in the coarsest precision that the loss or its parameters use."""
+    eps = max(eps, tree.coarsest_eps(list(point)))
+    return 1e-8 if eps < 1e-12 else 1e-3 if eps < 1e-6 else 16 * eps
+
+
+def _disagreement(a: list[Tensor], b: list[Tensor], labels: Sequence[str], eps: float) -> tuple[float, str]:
+    """Largest relative difference over the blocks; in small blocks, ten rounding errors of the whole are forgiven."""
+    tolerance = _tolerance(a, eps)
+    floor = 10 * max(eps, tree.coarsest_eps(a)) / tolerance * float(tree.norm(a))
+    worst, where = 0.0, labels[0]
+    for label, x, y in zip(labels, a, b, strict=True):
+        size = max(float(tree.norm(x)), floor)
+        difference = float(tree.norm(tree.sub(x, y)))
+        relative = difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
+        if relative > worst:
+            worst, where = relative, label
+    return worst, where
+
+
+def check_mends(f: Function, point: Sequence[Tensor], labels: Sequence[str], seen: Seen, seed: int) -> None:
+    """The gradient without the mends is the one with them: called outside of `mended`, where they were met.
+
+    Says nothing where random numbers are drawn, whose masks may differ, or where there is no plain gradient.
+    Raises `ProductError`.
+    """
+    leaves = [leaf.detach().requires_grad_() for leaf in point]
+
+    def gradient() -> list[Tensor]:
+        found = products.slopes(f(leaves), leaves)
+        return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(leaves, found, strict=True)]
+
+    try:
+        plain = gradient()
+    except (RuntimeError, NotImplementedError, TypeError):
+        return
+    if scope.drawn_since_reseed(seed, leaves[0].device):
+        return
+    with mended():
+        ours = gradient()
+    worst, label = _disagreement(plain, ours, labels, seen.eps)
+    if worst > _tolerance(point, seen.eps):
+        raise ProductError(
+            f"replacing {', '.join(sorted(seen.names))} by what can be differentiated twice changes the gradient of "
+            f"'{label}' by {worst:.1e}: please report this model; product='finite-difference' does without"
+        )
+
+
+def _against_differences(
+    f: Function, point: Sequence[Tensor], v: list[Tensor], image: list[Tensor], labels: Sequence[str], tolerance: float
+) -> float | str:
+    """The largest relative difference over the blocks, or why central differences do not confirm the product."""
+    found, errors = products.estimate(f, point, v, products.best_step(f, point))
+    whole = float(tree.norm(found))
+    worst = 0.0
+    for label, x, y, error in zip(labels, image, found, errors, strict=True):
+        size = max(float(tree.norm(y)), 1e-2 * whole)
+        difference, noise = float(tree.norm(tree.sub(x, y))), float(error)
+        if size == 0 and difference == 0:
+            continue
+        if not noise <= 0.1 * size:
+            return f"block '{label}' is too noisy to tell, {noise:.1e} of {size:.1e}"
+        if not difference <= tolerance * size + 2 * noise:
+            return f"block '{label}' differs by {difference / size:.1e}"
+        worst = max(worst, difference / size)
+    return worst

@@ -1,0 +1,250 @@
+"""Sweeps over the data: the weighted sum of one product a batch, as many graphs kept between sweeps as fit."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from eigenfunc import scope, tree
+from eigenfunc.curvature.mends import mended
+from eigenfunc.curvature.products import Product
+from eigenfunc.data import Reader, average
+from eigenfunc.operator import MatVec
+from eigenfunc.tree import Tree
+
+Prepare = Callable[[int, Any], Product]  # index of the batch, batch -> its product
+
+_SHARE = 0.5  # of the free memory that kept graphs may take by themselves
+_BLOCK = 8  # vectors multiplied at once, if that is faster than one by one
+
+
+class Kept(NamedTuple):
+    weight: float
+    product: Product
+
+
+class Sweep:
+    """The matrix over all batches as products with trees shaped as `point`.
+
+    remake   forms the product of a batch that is not kept
+    chunk    vectors multiplied at once; None: measured when a stack of vectors first comes in
+    """
+
+    def __init__(self, reader: Reader, point: Tree, remake: Prepare, chunk: int | None) -> None:
+        self.reader = reader
+        self.remake = remake
+        self.chunk = chunk
+        self.kept: dict[int, Kept] = {}
+        self.batches = 0
+        self.kept_bytes = 0
+        self.largest_bytes = 0
+        self._point = point
+        self._rebuild = tree.flatten(point)[1]
+
+    def keep(self, prepare: Prepare, budget: int, *, in_order: bool) -> None:
+        """Keep the graphs of the first batches, as many as fit into `budget` bytes.
+
+        Where batches do not come in the same order each time, all are kept or none.
+        """
+        with scope.untouched(self.reader.device), mended(), _counted(tree.leaves(self._point)) as saved:
+            for index, weight, batch in self.reader.one_pass():
+                self.batches += weight > 0
+                if weight == 0 or budget < 0:
+                    continue
+                before = sum(saved.values())
+                try:
+                    product = prepare(index, batch)
+                except RuntimeError as error:
+                    if "saved tensor hooks" not in str(error):
+                        raise
+                    budget = -1  # the loss has hooks of its own, so that nothing can be counted
+                    continue
+                size = sum(saved.values()) - before
+                self.largest_bytes = max(self.largest_bytes, size)
+                if self.kept_bytes + size > budget:
+                    budget = -1
+                else:
+                    self.kept_bytes += size
+                    self.kept[index] = Kept(weight, product)
+        if budget < 0 and not in_order:
+            self.kept, self.kept_bytes = {}, 0
+
+    @property
+    def complete(self) -> bool:
+        return 0 < len(self.kept) == self.batches
+
+    def parts(self) -> Iterator[tuple[float, Callable[[], Product]]]:
+        """(weight, function that hands out the product) of each batch."""
+        if self.complete:
+            yield from ((kept.weight, partial(_same, kept.product)) for kept in self.kept.values())
+            return
+        for index, weight, batch in self.reader.one_pass():
+            if index in self.kept:
+                yield self.kept[index].weight, partial(_same, self.kept[index].product)
+            else:
+                yield weight, partial(self.remake, index, batch)
+
+    def total(self, use: Callable[[Product], Sequence[Tensor]]) -> Tree:
+        """The weighted mean, or sum, of `use(product)` over the batches."""
+        with self._scope():
+            mean = average(((w, partial(_used, use, make)) for w, make in self.parts()), self.reader.batches.reduction)
+        return self._rebuild(mean)
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
+        if self.complete:  # nothing but backward passes: no random numbers, nothing to mend
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+            return
+        with scope.untouched(self.reader.device), mended():
+            yield
+
+    def matvec(self, v: Tree) -> Tree:
+        flat = tree.leaves(v)
+        return self.total(lambda product: product.single(flat))
+
+    def matmat(self, vs: Tree) -> Tree:
+        flat = tree.leaves(vs)
+        if self.chunk is None and flat[0].shape[0] > 1:
+            self.chunk = self._best_chunk(flat)
+        return self.total(lambda product: self._in_chunks(product, flat))
+
+    def minibatches(self) -> Iterator[MatVec]:
+        """One batch after the other, for ever, each scaled so that its mean over a pass is the whole matrix."""
+        weights = [weight for weight, _ in self.parts()]
+        whole = sum(weights) if self.reader.batches.reduction == "mean" else 1.0
+
+        def one(make: Callable[[], Product], share: float, v: Tree) -> Tree:
+            with scope.untouched(self.reader.device), mended():
+                return tree.scale(share, self._rebuild(make().single(tree.leaves(v))))
+
+        while True:
+            for weight, make in self.parts():
+                yield partial(one, make, weight * len(weights) / whole)
+
+    def _in_chunks(self, product: Product, vs: list[Tensor]) -> list[Tensor]:
+        """Products with a stack, `chunk` vectors at a time; half as many each time the memory does not suffice."""
+        count, start = vs[0].shape[0], 0
+        done: list[list[Tensor]] = []
+        while start < count:
+            chunk = self.chunk or 1
+            try:
+                done.append(_multiplied(product, [v[start : start + chunk] for v in vs]))
+            except (RuntimeError, MemoryError) as error:
+                if chunk == 1 or not _out_of_memory(error):
+                    raise
+                self.chunk = chunk // 2
+                continue
+            start += chunk
+        return [torch.cat(blocks) for blocks in zip(*done, strict=True)] if len(done) > 1 else done[0]
+
+    def _best_chunk(self, vs: list[Tensor]) -> int:
+        """`_BLOCK` vectors at once, and four times as many, where the first batch is faster so and as right."""
+        with scope.untouched(self.reader.device), mended():
+            product = next(make() for weight, make in self.parts() if weight > 0)
+            best = 1
+            single = product.single([v[0] for v in vs])
+            seconds = self.seconds(lambda: product.single([v[0] for v in vs]))
+            roomy = self.largest_bytes * 4 < available(self.reader.device)
+            for chunk in (_BLOCK, 4 * _BLOCK) if roomy else ():
+                if vs[0].shape[0] < chunk:
+                    break
+                piece = [v[:chunk] for v in vs]
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("error")  # vmap warns of operations that it can only loop over
+                        block = product.block(piece)
+                except (RuntimeError, MemoryError, Warning):
+                    break
+                spent = self.seconds(partial(product.block, piece)) / chunk
+                if spent > 0.95 * seconds or not _close([x[0] for x in block], single):
+                    break
+                best, seconds = chunk, spent
+        return best
+
+    def seconds(self, f: Callable[[], Any]) -> float:
+        """The time of one call, on accelerators until its work is done."""
+        synchronise = getattr(torch.get_device_module(self.reader.device), "synchronize", lambda: None)
+        synchronise()
+        begun = time.perf_counter()
+        f()
+        synchronise()
+        return time.perf_counter() - begun
+
+    def describe(self) -> str:
+        if not self.kept:
+            kept = "graphs recomputed for each product"
+        else:
+            kept = f"graphs of {len(self.kept)} of {self.batches} batches kept ({tree.gibibytes(self.kept_bytes)})"
+        return kept + ("" if self.chunk is None else f", vectors {self.chunk} at once")
+
+
+def _same(product: Product) -> Product:
+    return product
+
+
+def _used(use: Callable[[Product], Sequence[Tensor]], make: Callable[[], Product]) -> list[Tensor]:
+    return list(use(make()))
+
+
+def _multiplied(product: Product, piece: list[Tensor]) -> list[Tensor]:
+    if piece[0].shape[0] == 1:
+        return [x[None] for x in product.single([v[0] for v in piece])]
+    return product.block(piece)
+
+
+def _close(a: list[Tensor], b: list[Tensor]) -> bool:
+    tolerance = tree.coarsest_eps(a) ** 0.5
+    return bool(tree.norm(tree.sub(a, b)) <= tolerance * tree.norm(b))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
+def budget_for(cache: int | str, device: torch.device) -> int:
+    """Bytes that kept graphs may take: as given, or half of what is free."""
+    return int(_SHARE * available(device)) if cache == "auto" else int(cache)
+
+
+def available(device: torch.device) -> int:
+    """Free bytes on the device, by its own word; on the CPU by that of the operating system and of its limits."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [4 * 2**30]  # where nothing is known
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        free = [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    return max(min(free), 0)
+
+
+@contextmanager
+def _counted(known: Sequence[Tensor]) -> Iterator[dict[int, int]]:
+    """Collects the storages that autograd saves, other than those of `known`: address -> bytes."""
+    storages: dict[int, int] = {}
+    own = {leaf.untyped_storage().data_ptr() for leaf in known}
+
+    def pack(x: Tensor) -> Tensor:
+        for part in (x._indices(), x._values()) if x.is_sparse else (x,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+        return x.detach()  # a saved output that knew its own node would keep it alive for ever
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        yield storages
