@@ -166,17 +166,17 @@ def as_batches(data: Any) -> Batches:
 
 def average(parts: Iterable[tuple[float, Callable[[], Tree]]], reduction: str) -> Tree:
     """Σ w_b x_b / Σ w_b, or Σ x_b for "sum"; parts without weight are not computed. `DataError` if none is left."""
-    total: Tree | None = None
-    weights = 0.0
-    for weight, compute in parts:
-        if weight == 0:
-            continue
-        weights += weight
-        part = compute() if reduction == "sum" else tree.scale(weight, compute())
-        total = part if total is None else tree.add(total, part)
-    if total is None:
+    counted = ((weight, compute()) for weight, compute in parts if weight != 0)
+    first = next(counted, None)
+    if first is None:
         raise DataError("the data is empty: no batch, or none with a positive weight")
-    return total if reduction == "sum" else tree.scale(1 / weights, total)
+    weights, total = first
+    for i, (weight, part) in enumerate(counted):
+        if i == 0 and reduction == "mean":
+            total = tree.scale(weights, total)
+        total = tree.add(total, part) if reduction == "sum" else tree.add(total, tree.scale(weight, part))
+        weights += weight
+    return total if reduction == "sum" or total is first[1] else tree.scale(1 / weights, total)
 
 
 def _children(batch: Any) -> Iterable[Any] | None:

@@ -70,9 +70,14 @@ def graph(f: Function, point: Sequence[Tensor]) -> Product:
             allow_unused=True,
             is_grads_batched=batched,
         )
-        return [torch.zeros_like(x) if block is None else block.detach() for x, block in zip(v, out, strict=True)]
+        return [torch.zeros_like(x) if block is None else _own(block, x) for x, block in zip(v, out, strict=True)]
 
     return Product(lambda v: pulled(v, False), lambda vs: pulled(vs, True))
+
+
+def _own(image: Tensor, x: Tensor) -> Tensor:
+    """The image without its history, and never x itself, which a backward pass may hand through."""
+    return image.clone() if image.data_ptr() == x.data_ptr() else image.detach()
 
 
 def slopes(value: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> list[Any]:
