@@ -56,6 +56,12 @@ def without_grad(p: Tensor) -> Tensor:
     return (p**3).sum() * scale
 
 
+def masked(p: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return F.dropout(p.mT * 2, 0.4).pow(3).sum()
+
+
 class Recurrent(nn.LSTM):
     """Weights cut out of one flat vector."""
 
@@ -74,6 +80,7 @@ NEEDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "data": ("constants", lambda p: (p**3 * (2 * p).data).sum()),
     "requires_grad_": ("constants", lambda p: (p * 2).requires_grad_().pow(3).sum()),
     "attention under another backend": ("elementary formulas", nested_attention),
+    "dropout": ("elementary formulas", masked),
     "mse": ("elementary formulas", lambda p: F.mse_loss(p, X)),
     "huber": ("elementary formulas", lambda p: F.huber_loss(p**2, X)),
     "soft margin": ("elementary formulas", lambda p: F.soft_margin_loss(p**2, X.sign())),

@@ -201,6 +201,18 @@ def _refuse_rewriting(max_norm: float | None, scale_grad_by_freq: bool) -> None:
         )
 
 
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """The mask that eager mode draws, in the memory order of the input; torch.func draws it in another."""
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    if p == 1:
+        return input * 0
+    order = sorted(range(input.ndim), key=lambda axis: -input.stride()[axis])
+    mask = torch.empty([input.shape[axis] for axis in order], dtype=input.dtype, device=input.device)
+    mask = mask.permute([order.index(axis) for axis in range(input.ndim)])
+    return input * mask.bernoulli_(1 - p).div_(1 - p)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -242,6 +254,7 @@ SWAPS: dict[Any, Callable[..., Any]] = {
     F.hardsigmoid: hardsigmoid,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
+    F.dropout: dropout,
     F.scaled_dot_product_attention: attention,
     F.pdist: pdist,
     torch.cdist: cdist,

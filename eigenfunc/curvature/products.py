@@ -31,6 +31,7 @@ forward_ad: Any = _forward_ad
 class Product(NamedTuple):
     single: Map  # one vector, as a list of tensors shaped as the point
     block: Map  # a stack of vectors, with a leading axis on every tensor
+    held: int | None = None  # bytes kept for it, None if only autograd knows
 
 
 Way = Callable[[Function, Sequence[Tensor]], Product]
@@ -116,7 +117,7 @@ def dual(f: Function, point: Sequence[Tensor]) -> Product:
             tangents = [None if slope is None else forward_ad.unpack_dual(slope).tangent for slope in gradient]
             return [torch.zeros_like(x) if t is None else t for x, t in zip(v, tangents, strict=True)]
 
-    return Product(pushed, _looped(pushed))
+    return Product(pushed, looped(pushed))
 
 
 def vjp(f: Function, point: Sequence[Tensor]) -> Product:
@@ -136,10 +137,12 @@ def differences(f: Function, point: Sequence[Tensor]) -> Product:
     def product(v: Sequence[Tensor]) -> list[Tensor]:
         return estimate(f, point, v, step)[0]
 
-    return Product(product, _looped(product))
+    return Product(product, looped(product))
 
 
-def _looped(single: Map) -> Map:
+def looped(single: Map) -> Map:
+    """Products with a stack, one vector after the other."""
+
     def block(vs: Sequence[Tensor]) -> list[Tensor]:
         count = vs[0].shape[0]
         images = [single([v[i] for v in vs]) for i in range(count)]
