@@ -49,5 +49,9 @@ class DataWarning(UserWarning):
     """Two passes over the data disagree: the matrix changes between products."""
 
 
+class CompileWarning(UserWarning):
+    """A product could not be compiled, or came out wrong so: it is formed eagerly."""
+
+
 class ConvergenceWarning(UserWarning):
     """A result was returned that does not carry a certificate."""

@@ -44,8 +44,7 @@ class Compiled:
         held = list(primal(*self._refs, *tensors))
 
         def single(v: Sequence[Tensor]) -> list[Tensor]:
-            with torch.no_grad():
-                return list(tangent(*held, *v))
+            return list(tangent(*held, *v))
 
         sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held if isinstance(x, Tensor)}
         return Product(single, products.looped(single), sum(sizes.values()))
@@ -59,8 +58,7 @@ class Compiled:
             f = products.of_leaves(self._loss, whole, self._rebuild(refs), seed)
             return products.jvp(f, args[:count]).single(args[-count:])
 
-        with torch.no_grad():
-            traced = make_fx(torch.func.functionalize(joint))(*refs, *tensors, *map(torch.ones_like, refs))
+        traced = make_fx(torch.func.functionalize(joint))(*refs, *tensors, *map(torch.ones_like, refs))
         traced.graph.eliminate_dead_code()
         primal, tangent = split(traced, count)
         options: Any = {"fallback_random": True}

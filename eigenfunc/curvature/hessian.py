@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products, rehearsal
+from eigenfunc.curvature.compiled import Compiled
 from eigenfunc.curvature.mends import Seen, mended
 from eigenfunc.curvature.products import ON_REQUEST, WAYS, Loss, Product
-from eigenfunc.curvature.proof import Proof, check_mends, prove
-from eigenfunc.curvature.sweep import Sweep, budget_for
+from eigenfunc.curvature.proof import check_mends, disagreement, prove, tolerance_of
+from eigenfunc.curvature.sweep import Prepare, Sweep, budget_for
 from eigenfunc.data import Batches, Reader, as_batches, average
-from eigenfunc.errors import InputError, ObjectiveError
+from eigenfunc.errors import CompileWarning, InputError, ObjectiveError
 from eigenfunc.operator import LinearOperator, MatVec
 from eigenfunc.tree import Tree
 
@@ -31,6 +33,7 @@ def hessian(
     product: str = "auto",
     cache: int | Literal["auto"] = "auto",
     chunk: int | None = None,
+    compile: bool = False,
     check: bool = True,
 ) -> LinearOperator:
     """The Hessian of `loss(params, batch)` over `data` with respect to `params`, never formed.
@@ -46,6 +49,8 @@ def hessian(
     cache    bytes of gradient graphs that may be kept between products, "auto" for half of the free memory, 0 for
              none. Graphs that do not fit are made anew for each product
     chunk    vectors multiplied at once in `matmat`; None measures what is fastest, and out of memory halves it
+    compile  linearise the product by tracing and compile it, once for each shape of batch, which takes from some
+             seconds to minutes; held against the eager product, and given up with a `CompileWarning` if it fails
     check    read the data twice at set-up, forward only, to see that it repeats and that the loss changes neither
              its parameters nor its batch, and prove the product; False takes all of that on trust
 
@@ -75,71 +80,113 @@ def hessian(
     for name, leaf in zip(tree.names(point), tree.leaves(point), strict=True):
         if not bool(torch.isfinite(leaf).all()):
             raise ObjectiveError(f"parameter '{name}' holds NaN or infinity")
-    return _assemble(loss, point, reader, product, budget_for(cache, device), chunk, check)
+    set_up = _SetUp(loss, point, reader)
+    return set_up.operator(product, budget_for(cache, device), chunk, compile, check)
 
 
-def _assemble(
-    loss: Loss, point: Tree, reader: Reader, product: str, budget: int, chunk: int | None, check: bool
-) -> LinearOperator:
-    refs = tree.leaves(point)
+class _SetUp(NamedTuple):
+    """Where products are formed: the loss, the point, and the data."""
 
-    def prepare(way: str, index: int, batch: Any) -> Product:
-        return {**WAYS, **ON_REQUEST}[way](products.of_leaves(loss, batch, point, reader.seed + index), refs)
+    loss: Loss
+    point: Tree
+    reader: Reader
 
-    in_order = rehearsal.rehearse(loss, point, reader) if check else isinstance(reader.batches.data, (list, tuple))
-    seen, noise = Seen(), 0.0
-    proof = Proof((_KEPT if product == "auto" else product,), "not checked")
-    with scope.untouched(reader.device), mended(seen):
-        index, batch = reader.first()
-        f = products.of_leaves(loss, batch, point, reader.seed + index)
+    def prepare(self, way: str, index: int, batch: Any) -> Product:
+        f = products.of_leaves(self.loss, batch, self.point, self.reader.seed + index)
+        return {**WAYS, **ON_REQUEST}[way](f, tree.leaves(self.point))
+
+    def operator(self, product: str, budget: int, chunk: int | None, compile: bool, check: bool) -> LinearOperator:
+        loss, point, reader = self
+        names, refs = tree.names(point), tree.leaves(point)
+        data = reader.batches.data
+        in_order = rehearsal.rehearse(loss, point, reader) if check else isinstance(data, (list, tuple))
+        seen, noise = Seen(), 0.0
+        with scope.untouched(reader.device), mended(seen):
+            index, batch = reader.first()
+            f = products.of_leaves(loss, batch, point, reader.seed + index)
+            proof = None
+            if product in ON_REQUEST:
+                noise = products.relative_error(f, refs)
+            elif check:
+                proof = prove(f, refs, names, seen, None if product == "auto" else product)
+        if proof is not None and seen.names:
+            with scope.untouched(reader.device):
+                check_mends(f, refs, names, seen, reader.seed + index)
+        ways = [product] if product != "auto" else list(proof.ways) if proof is not None else [_KEPT]
+        sweep = Sweep(reader, point, partial(self.prepare, ways[0]), chunk)
+        way = ways[0]
+        made = self._compiled(way, index, batch, seen) if compile else None
+        if made is not None:
+            sweep.remake = made
+            sweep.keep(made, budget, in_order=in_order)
+        elif _KEPT in ways and budget > 0:
+            sweep.keep(partial(self.prepare, _KEPT), budget, in_order=in_order)
+        figures = ""
+        if check:
+            prepares = {way: partial(self.prepare, way, index, batch) for way in ways}
+            if made is not None:
+                prepares = {way: partial(made, index, batch)}
+            way, figures = _timed(sweep, f, refs, prepares)
+            sweep.remake = made or partial(self.prepare, way)
+        words = "not checked" if proof is None else proof.words(way)
         if product in ON_REQUEST:
-            noise = products.relative_error(f, refs)
-            proof = Proof((product,), f"as asked, with a relative error of {noise:.0e}")
-        elif check:
-            proof = prove(f, refs, tree.names(point), seen, None if product == "auto" else product)
-        ways = [product] if product != "auto" else list(proof.ways)
-    if check and seen.names:
-        with scope.untouched(reader.device):
-            check_mends(f, refs, tree.names(point), seen, reader.seed + index)
-    sweep = Sweep(reader, point, partial(prepare, ways[0]), chunk)
-    if _KEPT in ways and budget > 0:
-        sweep.keep(partial(prepare, _KEPT), budget, in_order=in_order)
-    way, words = ways[0], ""
-    if check:
-        way, words = _timed(sweep, f, refs, ways, partial(prepare, index=index, batch=batch))
-        sweep.remake = partial(prepare, way)
-    mends = f"; mends met: {', '.join(sorted(seen.names))}" if seen.names else ""
-    pure = _pure(loss, point, reader.batches)
+            words = f"as asked, with a relative error of {noise:.0e}"
+        words += f"; mends met: {', '.join(sorted(seen.names))}" if seen.names else ""
+        prefix = f"Hessian, way '{way}'{' compiled' if made is not None else ''}, {words}"
+        pure = _pure(loss, point, reader.batches)
 
-    def matvec(v: Tree) -> Tree:
-        return pure(v) if scope.inside_transform() else sweep.matvec(v)
+        def matvec(v: Tree) -> Tree:
+            return pure(v) if scope.inside_transform() else sweep.matvec(v)
 
-    def describe() -> str:
-        return f"Hessian, way '{way}', {proof.words}{mends}; {sweep.describe()}{words}"
+        def describe() -> str:
+            return f"{prefix}; {sweep.describe()}{figures}"
 
-    return LinearOperator(matvec, point, sweep.matmat, sweep.minibatches, describe, noise)
+        return LinearOperator(matvec, point, sweep.matmat, sweep.minibatches, describe, noise)
+
+    def _compiled(self, way: str, index: int, batch: Any, seen: Seen) -> Prepare | None:
+        """Compiled products, or None where that fails or disagrees with the eager product of the first batch."""
+        maker = Compiled(self.loss, self.point)
+        refs, names = tree.leaves(self.point), tree.names(self.point)
+        generator = torch.Generator().manual_seed(2)
+        v = [tree.randn(x, generator) for x in refs]
+
+        def made(index: int, batch: Any) -> Product:
+            return maker(self.reader.seed + index, batch)
+
+        try:
+            with scope.untouched(self.reader.device), mended():
+                found, eager = made(index, batch).single(v), self.prepare(way, index, batch).single(v)
+            worst, label = disagreement(eager, found, names, seen.eps)
+            problem = f"its block '{label}' is off by {worst:.1e}" if worst > tolerance_of(refs, seen.eps) else ""
+        except Exception as error:  # tracers and compilers raise whatever they like
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if not problem:
+            return made
+        warnings.warn(f"the product is not compiled: {problem}", CompileWarning, stacklevel=4)
+        return None
 
 
 def _timed(
-    sweep: Sweep, f: products.Function, refs: list[Tensor], ways: list[str], prepare: Callable[[str], Product]
+    sweep: Sweep, f: products.Function, refs: list[Tensor], prepares: Mapping[str, Callable[[], Product]]
 ) -> tuple[str, str]:
     """The fastest of the ways, its set-up included unless all graphs are kept, and the figures on the first batch."""
     with scope.untouched(sweep.reader.device), mended():
         leaves = [leaf.detach().requires_grad_() for leaf in refs]
         v = [torch.ones_like(leaf) for leaf in refs]
         gradient = sweep.seconds(lambda: products.slopes(f(leaves), leaves))
+        way = _KEPT if _KEPT in prepares else next(iter(prepares))
         if sweep.complete:
             kept = next(iter(sweep.kept.values())).product
-            way, spent = _KEPT, sweep.seconds(lambda: kept.single(v))
+            spent = sweep.seconds(lambda: kept.single(v))
         else:
-            times = {way: sweep.seconds(partial(_once, prepare, way, v)) for way in ways}
+            times = {way: sweep.seconds(partial(_once, make, v)) for way, make in prepares.items()}
             way = min(times, key=times.__getitem__)
             spent = times[way]
     return way, f"; on the first batch {1e3 * spent:.3g} ms a product, {1e3 * gradient:.3g} ms a gradient"
 
 
-def _once(prepare: Callable[[str], Product], way: str, v: list[Tensor]) -> list[Tensor]:
-    return prepare(way).single(v)
+def _once(make: Callable[[], Product], v: list[Tensor]) -> list[Tensor]:
+    return make().single(v)
 
 
 def _pure(loss: Loss, params: Tree, batches: Batches) -> MatVec:

@@ -19,7 +19,15 @@ _DIFFERENCES = "central differences"
 
 class Proof(NamedTuple):
     ways: tuple[str, ...]  # those that agree, in the order of WAYS
-    words: str  # what was held against what
+    error: float  # what they differ by, relative to each block
+    trouble: dict[str, str]  # what went wrong with others
+
+    def words(self, way: str) -> str:
+        """What confirms `way`: one of the other kind, or else central differences."""
+        others = [other for other in self.ways if (other in FORWARD) != (way in FORWARD)]
+        witness = f"'{others[0]}'" if others else f"{_DIFFERENCES} of the gradient"
+        failures = "".join(f"; {name}: {why}" for name, why in self.trouble.items())
+        return f"confirmed by {witness} to {self.error:.0e} in every block{failures}"
 
 
 def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], seen: Seen, wanted: str | None = None) -> Proof:
@@ -40,7 +48,7 @@ def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], seen: See
             product = WAYS[name](f, point)
             image = product.single(v)
             other = None if images else product.single(u)
-            if problem := _flaw(u, v, image, other, _tolerance(point, seen.eps)):
+            if problem := _flaw(u, v, image, other, tolerance_of(point, seen.eps)):
                 trouble[name] = problem
                 continue
         except EigenfuncError:
@@ -51,14 +59,12 @@ def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], seen: See
         images[name] = image
         agreeing = {name, *_agreeing(images, name, labels, seen.eps, trouble)}
         if len({way in FORWARD for way in agreeing}) == 2 and (wanted is None or wanted in agreeing):
-            worst = max(_disagreement(images[way], image, labels, seen.eps)[0] for way in agreeing)
-            words = f"confirmed by '{name}' to {worst:.0e} in every block"
-            return Proof(tuple(way for way in WAYS if way in agreeing), words + _failures(trouble))
+            worst = max(disagreement(images[way], image, labels, seen.eps)[0] for way in agreeing)
+            return Proof(tuple(way for way in WAYS if way in agreeing), worst, trouble)
     for name in images if wanted is None else [wanted] if wanted in images else []:
-        found = _against_differences(f, point, v, images[name], labels, min(20 * _tolerance(point, seen.eps), 0.05))
+        found = _against_differences(f, point, v, images[name], labels, min(20 * tolerance_of(point, seen.eps), 0.05))
         if isinstance(found, float):
-            words = f"confirmed by {_DIFFERENCES} of the gradient to {found:.0e} in every block"
-            return Proof((name,), words + _failures(trouble))
+            return Proof((name,), found, trouble)
         trouble[f"{name} against {_DIFFERENCES}"] = found
     figures = "\n".join(f"  {name}: {why}" for name, why in trouble.items())
     raise ProductError(
@@ -67,10 +73,6 @@ def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], seen: See
         "pass; product='finite-difference' differentiates the gradient by differences, check=False takes one way "
         "without proof"
     )
-
-
-def _failures(trouble: dict[str, str]) -> str:
-    return "".join(f"; {name}: {why}" for name, why in trouble.items())
 
 
 def _flaw(
@@ -96,24 +98,24 @@ def _agreeing(
     for other, known in images.items():
         if other == name:
             continue
-        worst, label = _disagreement(known, images[name], labels, eps)
-        if worst <= _tolerance(known, eps):
+        worst, label = disagreement(known, images[name], labels, eps)
+        if worst <= tolerance_of(known, eps):
             found.append(other)
         else:
             trouble[f"{other} against {name}"] = f"block '{label}' differs by {worst:.1e}"
     return found
 
 
-def _tolerance(point: Sequence[Tensor], eps: float) -> float:
+def tolerance_of(point: Sequence[Tensor], eps: float) -> float:
     """What rounding may make two ways differ by, in the coarsest precision that the loss or its parameters use."""
     eps = max(eps, tree.coarsest_eps(list(point)))
     return 1e-8 if eps < 1e-12 else 1e-3 if eps < 1e-6 else 16 * eps
 
 
-def _disagreement(a: list[Tensor], b: list[Tensor], labels: Sequence[str], eps: float) -> tuple[float, str]:
+def disagreement(a: Sequence[Tensor], b: Sequence[Tensor], labels: Sequence[str], eps: float) -> tuple[float, str]:
     """Largest relative difference over the blocks; in small blocks, ten rounding errors of the whole are forgiven."""
-    tolerance = _tolerance(a, eps)
-    floor = 10 * max(eps, tree.coarsest_eps(a)) / tolerance * float(tree.norm(a))
+    a, b = list(a), list(b)
+    floor = 10 * max(eps, tree.coarsest_eps(a)) / tolerance_of(a, eps) * float(tree.norm(a))
     worst, where = 0.0, labels[0]
     for label, x, y in zip(labels, a, b, strict=True):
         size = max(float(tree.norm(x)), floor)
@@ -147,8 +149,8 @@ def check_mends(f: Function, point: Sequence[Tensor], labels: Sequence[str], see
         return
     with mended():
         ours = gradient()
-    worst, label = _disagreement(plain, ours, labels, seen.eps)
-    if worst > max(_tolerance(point, seen.eps), 1e-6):  # torch's own kernels hold constants in float32 at places
+    worst, label = disagreement(plain, ours, labels, seen.eps)
+    if worst > max(tolerance_of(point, seen.eps), 1e-6):  # torch's own kernels hold constants in float32 at places
         raise ProductError(
             f"replacing {', '.join(sorted(seen.names))} by what can be differentiated twice changes the gradient of "
             f"'{label}' by {worst:.1e}: please report this model; product='finite-difference' does without"

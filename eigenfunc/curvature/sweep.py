@@ -69,7 +69,7 @@ class Sweep:
                         raise
                     budget = -1  # the loss has hooks of its own, so that nothing can be counted
                     continue
-                size = sum(saved.values()) - before
+                size = sum(saved.values()) - before if product.held is None else product.held
                 self.largest_bytes = max(self.largest_bytes, size)
                 if self.kept_bytes + size > budget:
                     budget = -1
