@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
 from eigenfunc import scope, tree
+from eigenfunc.curvature.held import Held
 from eigenfunc.curvature.mends import mended
 from eigenfunc.errors import ObjectiveError
 from eigenfunc.tree import Tree
@@ -57,7 +58,9 @@ def graph(f: Function, point: Sequence[Tensor]) -> Product:
     blocks. Only outside of transforms.
     """
     leaves = [leaf.detach().requires_grad_() for leaf in point]
-    gradient = slopes(f(leaves), leaves, create_graph=True)
+    with Held():
+        value = f(leaves)
+    gradient = slopes(value, leaves, create_graph=True)
     live = [i for i, slope in enumerate(gradient) if slope is not None and slope.requires_grad]
 
     def pulled(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
