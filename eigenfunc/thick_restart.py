@@ -61,12 +61,13 @@ class Plan(NamedTuple):
         """(k,) bool: whether the interval of some unwanted Ritz value reaches beyond each wanted one.
 
         The two values next in line count `caution` times their residual: far from convergence a residual says
-        little about the outermost eigenvalue behind them.
+        little about the outermost eigenvalue behind them. Those that have converged themselves, further copies of a
+        wanted one say, have the shorter interval of Kato and Temple, `close` says.
         """
         rest = torch.ones_like(ritz.theta, dtype=torch.bool).index_fill(0, index, False)
         if not bool(rest.any()):
             return torch.zeros(self.k, dtype=torch.bool)
-        theta, reach = ritz.theta[rest], ritz.estimates[rest]
+        theta, reach = ritz.theta[rest], self.close(ritz, floor)[rest]
         values, slack = ritz.theta[index], ritz.estimates[index].clamp_min(floor)
 
         def outermost(rising: Tensor) -> Tensor:
@@ -78,6 +79,16 @@ class Plan(NamedTuple):
             return outermost(theta.abs()) > values.abs() + slack
         above, below = outermost(theta) > values + slack, outermost(-theta) > slack - values
         return torch.where(torch.arange(self.k) < self.top, above, below)
+
+    def close(self, ritz: Ritz, floor: float) -> Tensor:
+        """(j,) how far an eigenvalue may be from each Ritz value: the residual r, or r² over the distance to the next
+        Ritz value beyond a cluster, where r meets the tolerance. T. Kato, J. Phys. Soc. Japan 4 (1949)."""
+        theta, r = ritz.theta, ritz.estimates
+        apart = (theta[:, None] - theta[None, :]).abs()
+        wide = 10 * torch.maximum(r[:, None], r[None, :]).clamp_min(floor)
+        gap = torch.where(apart > wide, apart, torch.inf).amin(1)
+        met = (r <= self.tol * theta.abs()) & torch.isfinite(gap)
+        return torch.where(met, torch.minimum(r, r * r / gap), r)
 
 
 class Ritz(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import resource
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import eigenfunc
 from eigenfunc import Batches, eigsh, functional_loss, hessian
-from eigenfunc.curvature import compiled, products, sweep
+from eigenfunc.curvature import products, sweep
 from eigenfunc.curvature.products import Product
-from eigenfunc.errors import CompileWarning, DataError
+from eigenfunc.errors import DataError
 from tests.helpers import Params, assert_blocks_close, dense_hessian, flat, plain, random_like, untouched
 
 CE = nn.CrossEntropyLoss()
@@ -78,7 +77,7 @@ def test_any_budget_gives_the_same_matrix_and_is_kept_to(budget: int) -> None:
 def test_some_graphs_are_kept_only_if_the_batches_keep_their_order() -> None:
     loss = Counted()
     whole = hessian(loss, loss.params, Batches(cut([4, 4, 4])))
-    one = int(float(whole.describe().split("kept (")[1].split(" ")[0]) * 1024 / 3) + 1
+    one = int(float(whole.describe().split("kept (")[1].split(" ")[0]) * 1024 / 3 * 1.02)
     ordered = hessian(loss, loss.params, DataLoader(TensorDataset(X, Y), batch_size=4), cache=one)
     shuffled = hessian(loss, loss.params, DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True), cache=one)
     assert "graphs of 3 of 3 batches kept" in whole.describe()
@@ -254,7 +253,7 @@ def test_the_description_tells_way_witness_graphs_and_times() -> None:
     words = hessian(*functional_loss(mlp(), CE), (X, Y)).describe()
     for part in (
         "way 'graph'",
-        "confirmed by 'jvp'",
+        "confirmed by 'dual'",
         "graphs of 1 of 1 batches kept (",
         "ms a product",
         "ms a gradient",
@@ -268,74 +267,6 @@ def test_unchecked_means_no_pass_over_the_data_at_set_up() -> None:
     loss = Counted()
     hessian(loss, loss.params, Batches(cut([6, 6])), check=False, cache=0)
     assert loss.calls == 0
-
-
-def test_the_linearised_product_is_the_product_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    traces: list[Any] = []
-
-    def uncompiled(f: Any, **options: Any) -> Any:
-        traces.append(f)
-        return f
-
-    monkeypatch.setattr(torch, "compile", uncompiled)
-    for between in ([], [nn.Dropout(0.5)], [nn.BatchNorm1d(4)]):
-        traces.clear()
-        loss, params = functional_loss(mlp(*between), CE)
-        v = random_like(params)
-        for cache in ("auto", 0):
-            A = hessian(loss, params, Batches(cut([5, 5, 2])), compile=True, cache=cache)  # type: ignore[arg-type]
-            assert "compiled" in A.describe()
-            eager = hessian(loss, params, Batches(cut([5, 5, 2])))(v)
-            assert_blocks_close(A(v), flat(eager), 1e-11)
-        assert len(traces) == 4  # two shapes of batch, for each operator
-
-
-def test_the_traced_part_that_moves_with_the_vector_is_linear_and_apart() -> None:
-    def joint(x: Tensor, v: Tensor) -> list[Tensor]:
-        return [x.sin() * v + (x.cos() * x) @ v.mT, x.exp()]
-
-    traced = torch.fx.symbolic_trace(joint)
-    primal, tangent = compiled.split(traced, 1)
-    x, v = X[:5], X[5:10]
-    held = primal(x)
-    assert len(held) == 3
-    assert all(torch.equal(a, b) for a, b in zip(tangent(*held, v), joint(x, v), strict=True))
-
-
-def branching(params: Params, batch: Any) -> Tensor:
-    out = batch[0] @ params["w"]
-    return (out**3).mean() if out.sum().item() > 0 else (out**2).mean()
-
-
-def test_what_cannot_be_compiled_is_formed_eagerly_with_a_warning() -> None:
-    params = {"w": X[0] + 1}
-    with pytest.warns(CompileWarning, match="not compiled"):
-        A = hessian(branching, params, (X, Y), compile=True)
-    v = random_like(params)
-    assert torch.equal(A(v)["w"], hessian(branching, params, (X, Y))(v)["w"])
-    assert "compiled" not in A.describe()
-
-
-def test_a_compiled_product_that_is_wrong_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        return lambda *args: [1.01 * x for x in f(*args)]
-
-    monkeypatch.setattr(torch, "compile", wrong)
-    loss, params = functional_loss(mlp(), CE)
-    with pytest.warns(CompileWarning, match="is off by"):
-        A = hessian(loss, params, (X, Y), compile=True)
-    v = random_like(params)
-    assert_blocks_close(A(v), truth(v), 1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_compiled_for_real() -> None:
-    loss, params = functional_loss(mlp(), CE)
-    A = hessian(loss, params, Batches(cut([6, 6])), compile=True)
-    v = random_like(params)
-    assert_blocks_close(A(v), truth(v), 1e-11)
-    assert "compiled" in A.describe()
 
 
 @pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])

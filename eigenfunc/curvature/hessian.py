@@ -15,8 +15,8 @@ from eigenfunc.curvature import products, rehearsal
 from eigenfunc.curvature.compiled import Compiled
 from eigenfunc.curvature.mends import Seen, mended
 from eigenfunc.curvature.products import ON_REQUEST, WAYS, Loss, Product
-from eigenfunc.curvature.proof import check_mends, disagreement, prove, tolerance_of
-from eigenfunc.curvature.sweep import Prepare, Sweep, budget_for
+from eigenfunc.curvature.proof import Proof, check_mends, disagreement, prove, tolerance_of
+from eigenfunc.curvature.sweep import Prepare, Sweep, budget_for, seconds
 from eigenfunc.data import Batches, Reader, as_batches, average
 from eigenfunc.errors import CompileWarning, InputError, ObjectiveError
 from eigenfunc.operator import LinearOperator, MatVec
@@ -92,42 +92,36 @@ class _SetUp(NamedTuple):
     reader: Reader
 
     def prepare(self, way: str, index: int, batch: Any) -> Product:
-        f = products.of_leaves(self.loss, batch, self.point, self.reader.seed + index)
-        return {**WAYS, **ON_REQUEST}[way](f, tree.leaves(self.point))
+        return {**WAYS, **ON_REQUEST}[way](self._of_leaves(index, batch), tree.leaves(self.point))
 
     def operator(self, product: str, budget: int, chunk: int | None, compile: bool, check: bool) -> LinearOperator:
         loss, point, reader = self
-        names, refs = tree.names(point), tree.leaves(point)
         data = reader.batches.data
         in_order = rehearsal.rehearse(loss, point, reader) if check else isinstance(data, (list, tuple))
-        seen, noise = Seen(), 0.0
-        with scope.untouched(reader.device), mended(seen):
+        seen = Seen()
+        with scope.untouched(reader.device):
             index, batch = reader.first()
-            f = products.of_leaves(loss, batch, point, reader.seed + index)
-            proof = None
-            if product in ON_REQUEST:
-                noise = products.relative_error(f, refs)
-            elif check:
-                proof = prove(f, refs, names, seen, None if product == "auto" else product)
-        if proof is not None and seen.names:
-            with scope.untouched(reader.device):
-                check_mends(f, refs, names, seen, reader.seed + index)
-        ways = [product] if product != "auto" else list(proof.ways) if proof is not None else [_KEPT]
+        if product in ON_REQUEST:
+            noise, proof = self._error(index, batch), None
+        else:
+            noise, proof = 0.0, self._proven(product, index, batch, seen) if check else None
+        ways = (
+            list(proof.ways) if proof is not None and product == "auto" else [_KEPT if product == "auto" else product]
+        )
+        figures = f", {1e3 * self._gradient_seconds(index, batch):.3g} ms a gradient" if check else ""
         sweep = Sweep(reader, point, partial(self.prepare, ways[0]), chunk)
-        way = ways[0]
-        made = self._compiled(way, index, batch, seen) if compile else None
+        made = self._compiled(ways[0], index, batch, seen) if compile else None
         if made is not None:
             sweep.remake = made
             sweep.keep(made, budget, in_order=in_order)
         elif _KEPT in ways and budget > 0:
             sweep.keep(partial(self.prepare, _KEPT), budget, in_order=in_order)
-        figures = ""
+        way = _KEPT if _KEPT in ways else ways[0]
         if check:
-            prepares = {way: partial(self.prepare, way, index, batch) for way in ways}
-            if made is not None:
-                prepares = {way: partial(made, index, batch)}
-            way, figures = _timed(sweep, f, refs, prepares)
+            prepares = {way: partial(made or partial(self.prepare, way), index, batch) for way in ways}
+            way, spent = _fastest(sweep, tree.leaves(point), prepares if made is None else {way: prepares[way]})
             sweep.remake = made or partial(self.prepare, way)
+            figures = f"; on the first batch {1e3 * spent:.3g} ms a product" + figures
         words = "not checked" if proof is None else proof.words(way)
         if product in ON_REQUEST:
             words = f"as asked, with a relative error of {noise:.0e}"
@@ -142,6 +136,27 @@ class _SetUp(NamedTuple):
             return f"{prefix}; {sweep.describe()}{figures}"
 
         return LinearOperator(matvec, point, sweep.matmat, sweep.minibatches, describe, noise)
+
+    def _of_leaves(self, index: int, batch: Any) -> products.Function:
+        return products.of_leaves(self.loss, batch, self.point, self.reader.seed + index)
+
+    def _error(self, index: int, batch: Any) -> float:
+        with scope.untouched(self.reader.device), mended():
+            return products.relative_error(self._of_leaves(index, batch), tree.leaves(self.point))
+
+    def _proven(self, product: str, index: int, batch: Any, seen: Seen) -> Proof:
+        f, refs, names = self._of_leaves(index, batch), tree.leaves(self.point), tree.names(self.point)
+        with scope.untouched(self.reader.device):
+            with mended(seen):
+                proof = prove(f, refs, names, seen, None if product == "auto" else product)
+            if seen.names:
+                check_mends(f, refs, names, seen, self.reader.seed + index)
+        return proof
+
+    def _gradient_seconds(self, index: int, batch: Any) -> float:
+        f, leaves = self._of_leaves(index, batch), [x.detach().requires_grad_() for x in tree.leaves(self.point)]
+        with scope.untouched(self.reader.device), mended():
+            return seconds(lambda: products.slopes(f(leaves), leaves), self.reader.device)
 
     def _compiled(self, way: str, index: int, batch: Any, seen: Seen) -> Prepare | None:
         """Compiled products, or None where that fails or disagrees with the eager product of the first batch."""
@@ -166,23 +181,17 @@ class _SetUp(NamedTuple):
         return None
 
 
-def _timed(
-    sweep: Sweep, f: products.Function, refs: list[Tensor], prepares: Mapping[str, Callable[[], Product]]
-) -> tuple[str, str]:
-    """The fastest of the ways, its set-up included unless all graphs are kept, and the figures on the first batch."""
-    with scope.untouched(sweep.reader.device), mended():
-        leaves = [leaf.detach().requires_grad_() for leaf in refs]
+def _fastest(sweep: Sweep, refs: list[Tensor], prepares: Mapping[str, Callable[[], Product]]) -> tuple[str, float]:
+    """The fastest way on the first batch, its set-up included unless all graphs are kept, and its seconds."""
+    device = sweep.reader.device
+    with scope.untouched(device), mended():
         v = [torch.ones_like(leaf) for leaf in refs]
-        gradient = sweep.seconds(lambda: products.slopes(f(leaves), leaves))
-        way = _KEPT if _KEPT in prepares else next(iter(prepares))
         if sweep.complete:
             kept = next(iter(sweep.kept.values())).product
-            spent = sweep.seconds(lambda: kept.single(v))
-        else:
-            times = {way: sweep.seconds(partial(_once, make, v)) for way, make in prepares.items()}
-            way = min(times, key=times.__getitem__)
-            spent = times[way]
-    return way, f"; on the first batch {1e3 * spent:.3g} ms a product, {1e3 * gradient:.3g} ms a gradient"
+            return _KEPT if _KEPT in prepares else next(iter(prepares)), seconds(lambda: kept.single(v), device)
+        times = {way: seconds(partial(_once, make, v), device) for way, make in prepares.items()}
+    way = min(times, key=times.__getitem__)
+    return way, times[way]
 
 
 def _once(make: Callable[[], Product], v: list[Tensor]) -> list[Tensor]:

@@ -204,7 +204,7 @@ def relative_error(f: Function, point: Sequence[Tensor]) -> float:
     return float(tree.norm(errors)) / size if size > 0 else 0.0
 
 
-WAYS: dict[str, Way] = {"graph": graph, "jvp": jvp, "dual": dual, "vjp": vjp}
+WAYS: dict[str, Way] = {"graph": graph, "dual": dual, "jvp": jvp, "vjp": vjp}
 FORWARD = frozenset({"jvp", "dual"})  # the others are reverse over reverse
 ON_REQUEST: dict[str, Way] = {"finite-difference": differences}
 

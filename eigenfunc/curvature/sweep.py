@@ -154,7 +154,7 @@ class Sweep:
             product = next(make() for weight, make in self.parts() if weight > 0)
             best = 1
             single = product.single([v[0] for v in vs])
-            seconds = self.seconds(lambda: product.single([v[0] for v in vs]))
+            fastest = seconds(lambda: product.single([v[0] for v in vs]), self.reader.device)
             roomy = self.largest_bytes * 4 < available(self.reader.device)
             for chunk in (_BLOCK, 4 * _BLOCK) if roomy else ():
                 if vs[0].shape[0] < chunk:
@@ -166,20 +166,11 @@ class Sweep:
                         block = product.block(piece)
                 except (RuntimeError, MemoryError, Warning):
                     break
-                spent = self.seconds(partial(product.block, piece)) / chunk
-                if spent > 0.95 * seconds or not _close([x[0] for x in block], single):
+                spent = seconds(partial(product.block, piece), self.reader.device) / chunk
+                if spent > 0.95 * fastest or not _close([x[0] for x in block], single):
                     break
-                best, seconds = chunk, spent
+                best, fastest = chunk, spent
         return best
-
-    def seconds(self, f: Callable[[], Any]) -> float:
-        """The time of one call, on accelerators until its work is done."""
-        synchronise = getattr(torch.get_device_module(self.reader.device), "synchronize", lambda: None)
-        synchronise()
-        begun = time.perf_counter()
-        f()
-        synchronise()
-        return time.perf_counter() - begun
 
     def describe(self) -> str:
         if not self.kept:
@@ -187,6 +178,16 @@ class Sweep:
         else:
             kept = f"graphs of {len(self.kept)} of {self.batches} batches kept ({tree.gibibytes(self.kept_bytes)})"
         return kept + ("" if self.chunk is None else f", vectors {self.chunk} at once")
+
+
+def seconds(f: Callable[[], Any], device: torch.device) -> float:
+    """The time of one call, on accelerators until its work is done."""
+    synchronise = getattr(torch.get_device_module(device), "synchronize", lambda: None)
+    synchronise()
+    begun = time.perf_counter()
+    f()
+    synchronise()
+    return time.perf_counter() - begun
 
 
 def _same(product: Product) -> Product:
