@@ -45,7 +45,7 @@ class Sweep:
         self.remake = remake
         self.chunk = chunk
         self.kept: dict[int, Kept] = {}
-        self.batches = 0
+        self.complete = False
         self.kept_bytes = 0
         self.largest_bytes = 0
         self._point = point
@@ -56,10 +56,10 @@ class Sweep:
 
         Where batches do not come in the same order each time, all are kept or none.
         """
+        self.complete = True
         with scope.untouched(self.reader.device), mended(), _counted(tree.leaves(self._point)) as saved:
             for index, weight, batch in self.reader.one_pass():
-                self.batches += weight > 0
-                if weight == 0 or budget < 0:
+                if weight == 0:
                     continue
                 before = sum(saved.values())
                 try:
@@ -67,21 +67,17 @@ class Sweep:
                 except RuntimeError as error:
                     if "saved tensor hooks" not in str(error):
                         raise
-                    budget = -1  # the loss has hooks of its own, so that nothing can be counted
-                    continue
+                    self.complete = False  # the loss has hooks of its own, so that nothing can be counted
+                    break
                 size = sum(saved.values()) - before if product.held is None else product.held
                 self.largest_bytes = max(self.largest_bytes, size)
                 if self.kept_bytes + size > budget:
-                    budget = -1
-                else:
-                    self.kept_bytes += size
-                    self.kept[index] = Kept(weight, product)
-        if budget < 0 and not in_order:
+                    self.complete = False
+                    break
+                self.kept_bytes += size
+                self.kept[index] = Kept(weight, product)
+        if not self.complete and not in_order:
             self.kept, self.kept_bytes = {}, 0
-
-    @property
-    def complete(self) -> bool:
-        return 0 < len(self.kept) == self.batches
 
     def parts(self) -> Iterator[tuple[float, Callable[[], Product]]]:
         """(weight, function that hands out the product) of each batch."""
@@ -176,7 +172,9 @@ class Sweep:
         if not self.kept:
             kept = "graphs recomputed for each product"
         else:
-            kept = f"graphs of {len(self.kept)} of {self.batches} batches kept ({tree.gibibytes(self.kept_bytes)})"
+            size, count = tree.gibibytes(self.kept_bytes), len(self.kept)
+            which = "all batches" if self.complete else f"the first {count}, and no others,"
+            kept = f"graphs of {which} kept ({size})"
         return kept + ("" if self.chunk is None else f", vectors {self.chunk} at once")
 
 
