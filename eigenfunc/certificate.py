@@ -77,16 +77,21 @@ class Products:
         image = image / self.scale
         other = self(0.7 * u) / 0.7
         length = float(tree.norm(image))
-        self.noise = max(float(tree.norm(image - other)) / length if length > 0 else 0.0, self.A.noise)
+        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
 
     @property
     def roundoff(self) -> float:
-        """The largest `noise` that the operator's dtypes or its own word explain; more means products that differ."""
-        return max(1000 * self.eps, 8 * tree.coarsest_eps(self.A.like), self.A.noise)
+        """The largest `noise` that rounding in the operator's dtypes explains; more means products that differ."""
+        return max(1000 * self.eps, 8 * tree.coarsest_eps(self.A.like))
+
+    @property
+    def declared(self) -> float:
+        """The error of products with unit vectors that the operator itself knows of."""
+        return self.A.noise() / self.scale
 
     def floor(self, anorm: float) -> float:
         """Residuals are not told apart below this, for an operator of norm `anorm`."""
-        return max(8 * self.eps, 64 * _EPS, 2 * min(self.noise, self.roundoff)) * anorm
+        return max(max(8 * self.eps, 64 * _EPS, 2 * min(self.noise, self.roundoff)) * anorm, 2 * self.declared)
 
 
 def non_finite(index: int) -> str:

@@ -28,7 +28,8 @@ class LinearOperator:
     block       maps a stack (p, *leaf) to a stack, where that is cheaper than one at a time
     minibatches an endless stream of unbiased stand-ins for `matvec`, one mini-batch each, where there are any
     description what `describe()` says, or a function that finds it out
-    noise       relative error of a product where it is more than rounding: that of finite differences, say
+    noise       the largest error so far of a product with a unit vector, where more than rounding is known of: that
+                of finite differences, say
     """
 
     matvec: MatVec
@@ -36,7 +37,7 @@ class LinearOperator:
     block: MatVec | None = None
     minibatches: Callable[[], Iterator[MatVec]] | None = None
     description: str | Callable[[], str] = "linear operator"
-    noise: float = 0.0
+    noise: Callable[[], float] = float
 
     @property
     def size(self) -> int:
@@ -74,7 +75,9 @@ class LinearOperator:
         count = tree.leaves(vs)[0].shape[0]
         return tree.stack([self.matvec(tree.row(vs, i)) for i in range(count)])
 
-    def _with(self, change: Callable[[MatVec], MatVec], description: str, *, stacked: MatVec | None) -> LinearOperator:
+    def _with(
+        self, change: Callable[[MatVec], MatVec], description: str, *, stacked: MatVec | None, factor: float = 1.0
+    ) -> LinearOperator:
         streams = self.minibatches
         return LinearOperator(
             change(self.matvec),
@@ -82,7 +85,7 @@ class LinearOperator:
             stacked,
             None if streams is None else lambda: (change(product) for product in streams()),
             description,
-            self.noise,
+            lambda: factor * self.noise(),
         )
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -94,7 +97,7 @@ class LinearOperator:
             self.like,
             lambda vs: tree.add(self._matmat(vs), other._matmat(vs)),
             description=f"({self._words()}) + ({other._words()})",
-            noise=max(self.noise, other.noise),
+            noise=lambda: self.noise() + other.noise(),
         )
 
     def __mul__(self, c: float) -> LinearOperator:
@@ -104,6 +107,7 @@ class LinearOperator:
             lambda matvec: lambda v: tree.scale(c, matvec(v)),
             f"{c:g} · ({self._words()})",
             stacked=lambda vs: tree.scale(c, self._matmat(vs)),
+            factor=abs(float(c)),
         )
 
     __rmul__ = __mul__

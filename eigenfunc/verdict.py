@@ -24,6 +24,8 @@ def conclude(
     met = residuals <= run.target(values)
     skew = max(run.asym, certified.asymmetry) / run.anorm if run.anorm > 0 else 0.0
     explained = max(100 * products.eps, 20 * products.noise)
+    if run.anorm > 0:
+        explained += 20 * products.declared / run.anorm
     converged = met & passed & torch.tensor(skew <= explained)
     stats = Stats(
         matvecs=products.matvecs,

@@ -328,6 +328,22 @@ def test_normal_modes_of_a_cluster_of_atoms_have_six_zeros() -> None:
     assert expected[6] > 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("factor", [1.0, -3.0])
+def test_what_finite_differences_are_off_by_enters_the_bounds(dtype: torch.dtype, factor: float) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight.mul_(3)  # type: ignore[index]
+    H = dense_hessian(plain(model, lambda m: CE(m(X), Y)), functional_loss(model, CE)[1])
+    rising = torch.linalg.eigvalsh(factor * H)
+    loss, params = functional_loss(model.to(dtype), CE)
+    A = factor * hessian(loss, params, Batches([(x.to(dtype), y) for x, y in cut([7, 5])]), product="finite-difference")
+    solution = eigsh(A, 3, which="LA", tol=1e-2, seed=0)
+    assert ((solution.values - rising.flip(0)[:3]).abs() <= solution.bounds).all()
+    assert A.noise() > (1e-12 if dtype == torch.float64 else 1e-7)
+    assert solution.noise >= A.noise()
+
+
 def test_inputs_and_activations_serve_as_parameters_too() -> None:
     model = mlp()
     weights = {name: p.detach() for name, p in model.named_parameters()}

@@ -14,7 +14,7 @@ from eigenfunc import scope, tree
 from eigenfunc.curvature import products, rehearsal
 from eigenfunc.curvature.compiled import Compiled
 from eigenfunc.curvature.mends import Seen, mended
-from eigenfunc.curvature.products import ON_REQUEST, WAYS, Loss, Product
+from eigenfunc.curvature.products import ON_REQUEST, WAYS, Differences, Loss, Product
 from eigenfunc.curvature.proof import Proof, check_mends, disagreement, prove, tolerance_of
 from eigenfunc.curvature.sweep import Prepare, Sweep, budget_for, seconds
 from eigenfunc.data import Batches, Reader, as_batches, average
@@ -45,7 +45,7 @@ def hessian(
     product  "auto" takes the fastest of the ways that agree with one another on the first batch; "graph" (kept
              gradient graph), "jvp" (forward over reverse), "dual" (the same without torch.func) or "vjp" forces one.
              "finite-difference" differentiates the gradient by central differences, four gradients a product, with
-             an error that is measured and becomes the noise of the operator
+             an error that is measured with each and becomes the noise of the operator
     cache    bytes of gradient graphs that may be kept between products, "auto" for half of the free memory, 0 for
              none. Graphs that do not fit are made anew for each product
     chunk    vectors multiplied at once in `matmat`; None measures what is fastest, and out of memory halves it
@@ -62,7 +62,7 @@ def hessian(
     (no batch, cannot be weighed or cut, or a non-finite loss, naming the batch), `ProductError` (no two ways agree);
     warns with `DataWarning` where two passes over the data disagree.
     """
-    ways = [*WAYS, *ON_REQUEST]
+    ways = [*WAYS, ON_REQUEST]
     if product != "auto" and product not in ways:
         raise InputError(f"product must be 'auto' or one of {', '.join(map(repr, ways))}; got {product!r}")
     if chunk is not None and chunk < 1:
@@ -80,7 +80,7 @@ def hessian(
     for name, leaf in zip(tree.names(point), tree.leaves(point), strict=True):
         if not bool(torch.isfinite(leaf).all()):
             raise ObjectiveError(f"parameter '{name}' holds NaN or infinity")
-    set_up = _SetUp(loss, point, reader)
+    set_up = _SetUp(loss, point, reader, Differences())
     return set_up.operator(product, budget_for(cache, device), chunk, compile, check)
 
 
@@ -90,24 +90,26 @@ class _SetUp(NamedTuple):
     loss: Loss
     point: Tree
     reader: Reader
+    differences: Differences
 
     def prepare(self, way: str, index: int, batch: Any) -> Product:
-        return {**WAYS, **ON_REQUEST}[way](self._of_leaves(index, batch), tree.leaves(self.point))
+        f, refs = self._of_leaves(index, batch), tree.leaves(self.point)
+        return self.differences(f, refs) if way == ON_REQUEST else WAYS[way](f, refs)
 
     def operator(self, product: str, budget: int, chunk: int | None, compile: bool, check: bool) -> LinearOperator:
-        loss, point, reader = self
+        loss, point, reader, differences = self
         data = reader.batches.data
         in_order = rehearsal.rehearse(loss, point, reader) if check else isinstance(data, (list, tuple))
         seen = Seen()
         with scope.untouched(reader.device):
             index, batch = reader.first()
-        if product in ON_REQUEST:
-            noise, proof = self._error(index, batch), None
-        else:
-            noise, proof = 0.0, self._proven(product, index, batch, seen) if check else None
+        proof = self._proven(product, index, batch, seen) if check and product != ON_REQUEST else None
         ways = (
             list(proof.ways) if proof is not None and product == "auto" else [_KEPT if product == "auto" else product]
         )
+        if product == ON_REQUEST:
+            with scope.untouched(reader.device), mended():
+                self.prepare(product, index, batch)
         figures = f", {1e3 * self._gradient_seconds(index, batch):.3g} ms a gradient" if check else ""
         sweep = Sweep(reader, point, partial(self.prepare, ways[0]), chunk)
         made = self._compiled(ways[0], index, batch, seen) if compile else None
@@ -122,9 +124,7 @@ class _SetUp(NamedTuple):
             way, spent = _fastest(sweep, tree.leaves(point), prepares if made is None else {way: prepares[way]})
             sweep.remake = made or partial(self.prepare, way)
             figures = f"; on the first batch {1e3 * spent:.3g} ms a product" + figures
-        words = "not checked" if proof is None else proof.words(way)
-        if product in ON_REQUEST:
-            words = f"as asked, with a relative error of {noise:.0e}"
+        words = "as asked" if product == ON_REQUEST else "not checked" if proof is None else proof.words(way)
         words += f"; mends met: {', '.join(sorted(seen.names))}" if seen.names else ""
         prefix = f"Hessian, way '{way}'{' compiled' if made is not None else ''}, {words}"
         pure = _pure(loss, point, reader.batches)
@@ -133,16 +133,13 @@ class _SetUp(NamedTuple):
             return pure(v) if scope.inside_transform() else sweep.matvec(v)
 
         def describe() -> str:
-            return f"{prefix}; {sweep.describe()}{figures}"
+            error = f", off by at most {differences.error:.0e} for unit vectors so far" if product == ON_REQUEST else ""
+            return f"{prefix}{error}; {sweep.describe()}{figures}"
 
-        return LinearOperator(matvec, point, sweep.matmat, sweep.minibatches, describe, noise)
+        return LinearOperator(matvec, point, sweep.matmat, sweep.minibatches, describe, lambda: differences.error)
 
     def _of_leaves(self, index: int, batch: Any) -> products.Function:
         return products.of_leaves(self.loss, batch, self.point, self.reader.seed + index)
-
-    def _error(self, index: int, batch: Any) -> float:
-        with scope.untouched(self.reader.device), mended():
-            return products.relative_error(self._of_leaves(index, batch), tree.leaves(self.point))
 
     def _proven(self, product: str, index: int, batch: Any, seen: Seen) -> Proof:
         f, refs, names = self._of_leaves(index, batch), tree.leaves(self.point), tree.names(self.point)

@@ -37,6 +37,9 @@ class Product(NamedTuple):
 
 Way = Callable[[Function, Sequence[Tensor]], Product]
 
+_POWERS = (1 / 5, 1 / 4, 1 / 3.5, 1 / 3, 1 / 2.5, 1 / 2, 1 / 1.75)  # of the rounding unit: steps of differences
+_CAUTION = 4.0  # times an estimate that is off by as much where rounding is all there is
+
 
 def scalar(value: Any) -> Tensor:
     """The loss as a 0-dim tensor; `ObjectiveError` for anything that is not one real number."""
@@ -133,14 +136,39 @@ def vjp(f: Function, point: Sequence[Tensor]) -> Product:
     return Product(pulled, lambda vs: list(torch.func.vmap(pulled)(list(vs))))
 
 
-def differences(f: Function, point: Sequence[Tensor]) -> Product:
-    """Central differences of the gradient, of fourth order, along the unit vector; see `estimate`."""
-    step = best_step(f, point)
+class Differences:
+    """How gradients are differenced: the step, chosen on the first batch, and the largest error so far.
 
-    def product(v: Sequence[Tensor]) -> list[Tensor]:
-        return estimate(f, point, v, step)[0]
+    `error` is that of a product with a unit vector. It depends on the vector, and is largest where the loss bends
+    most, so it is measured with every product.
+    """
 
-    return Product(product, looped(product))
+    def __init__(self) -> None:
+        self.step: float | None = None
+        self.error = 0.0
+
+    def __call__(self, f: Function, point: Sequence[Tensor]) -> Product:
+        """Central differences of the gradient, of fourth order, along the unit vector; see `estimate`."""
+        if self.step is None:
+            generator = torch.Generator().manual_seed(0)
+            self.step = best_step(f, point, [[tree.randn(x, generator) for x in point], _bent(f, point)])
+        step = self.step
+
+        def product(v: Sequence[Tensor]) -> list[Tensor]:
+            image, errors = estimate(f, point, v, step)
+            length = float(tree.norm(list(v)))
+            if length > 0:
+                self.error = max(self.error, _CAUTION * float(tree.norm(errors)) / length)
+            return image
+
+        return Product(product, looped(product))
+
+
+def _bent(f: Function, point: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient: a direction in which the loss bends."""
+    leaves = [x.detach().requires_grad_() for x in point]
+    gradient = slopes(f(leaves), leaves)
+    return [torch.zeros_like(x) if s is None else s.detach() for x, s in zip(leaves, gradient, strict=True)]
 
 
 def looped(single: Map) -> Map:
@@ -181,32 +209,22 @@ def estimate(
     return best, [torch.linalg.vector_norm(a - b, dtype=torch.float64) / 3 for a, b in zip(near, far, strict=True)]
 
 
-def best_step(f: Function, point: Sequence[Tensor]) -> float:
-    """The distance, among a few, at which the differences along one random vector have the smallest error."""
-    generator = torch.Generator().manual_seed(0)
-    v = [tree.randn(x, generator) for x in point]
-    eps = tree.coarsest_eps(list(point))
-    size = max(float(tree.norm(list(point))), 1e-3)
+def best_step(f: Function, point: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]) -> float:
+    """The distance, among a few, at which differences along any of the directions have the smallest error."""
+    eps, size = tree.coarsest_eps(list(point)), max(float(tree.norm(list(point))), 1e-3)
 
     def error(step: float) -> float:
-        total = float(tree.norm(estimate(f, point, v, step)[1]))
-        return total if math.isfinite(total) else math.inf
+        lengths = [float(tree.norm(list(v))) or 1.0 for v in directions]
+        found = [float(tree.norm(estimate(f, point, v, step)[1])) / n for v, n in zip(directions, lengths, strict=True)]
+        return max(found) if all(map(math.isfinite, found)) else math.inf
 
-    steps: list[float] = [size * eps**power for power in (1 / 5, 1 / 4, 1 / 3, 1 / 2.5)]
+    steps: list[float] = [size * eps**power for power in _POWERS]
     return min(steps, key=error)
-
-
-def relative_error(f: Function, point: Sequence[Tensor]) -> float:
-    """The error of `differences` on one random vector, relative to the product."""
-    generator = torch.Generator().manual_seed(1)
-    image, errors = estimate(f, point, [tree.randn(x, generator) for x in point], best_step(f, point))
-    size = float(tree.norm(image))
-    return float(tree.norm(errors)) / size if size > 0 else 0.0
 
 
 WAYS: dict[str, Way] = {"graph": graph, "dual": dual, "jvp": jvp, "vjp": vjp}
 FORWARD = frozenset({"jvp", "dual"})  # the others are reverse over reverse
-ON_REQUEST: dict[str, Way] = {"finite-difference": differences}
+ON_REQUEST = "finite-difference"
 
 
 def of_leaves(loss: Loss, batch: Any, params: Tree, seed: int | None = None) -> Function:

@@ -161,7 +161,7 @@ def _against_differences(
     f: Function, point: Sequence[Tensor], v: list[Tensor], image: list[Tensor], labels: Sequence[str], tolerance: float
 ) -> float | str:
     """The largest relative difference over the blocks, or why central differences do not confirm the product."""
-    found, errors = products.estimate(f, point, v, products.best_step(f, point))
+    found, errors = products.estimate(f, point, v, products.best_step(f, point, [v]))
     whole = float(tree.norm(found))
     worst = 0.0
     for label, x, y, error in zip(labels, image, found, errors, strict=True):

@@ -131,18 +131,20 @@ class Sweep:
     def _in_chunks(self, product: Product, vs: list[Tensor]) -> list[Tensor]:
         """Products with a stack, `chunk` vectors at a time; half as many each time the memory does not suffice."""
         count, start = vs[0].shape[0], 0
-        done: list[list[Tensor]] = []
+        out = [torch.empty_like(v) for v in vs]
         while start < count:
             chunk = self.chunk or 1
             try:
-                done.append(_multiplied(product, [v[start : start + chunk] for v in vs]))
+                block = _multiplied(product, [v[start : start + chunk] for v in vs])
             except (RuntimeError, MemoryError) as error:
                 if chunk == 1 or not _out_of_memory(error):
                     raise
                 self.chunk = chunk // 2
                 continue
+            for whole, part in zip(out, block, strict=True):
+                whole[start : start + chunk] = part
             start += chunk
-        return [torch.cat(blocks) for blocks in zip(*done, strict=True)] if len(done) > 1 else done[0]
+        return out
 
     def _best_chunk(self, vs: list[Tensor]) -> int:
         """`_BLOCK` vectors at once, and four times as many, where the first batch is faster so and as right."""
