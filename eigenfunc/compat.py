@@ -62,7 +62,7 @@ def compute_hessian_eigenthings(
         )
     objective, params = functional_loss(model, loss)
     whole_batches = any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in model.modules())
-    summed = getattr(loss, "reduction", "mean") == "sum"
+    summed = "sum" in (getattr(loss, "reduction", None), getattr(loss, "keywords", {}).get("reduction"))
     data = Batches(dataloader, reduction="sum" if summed else "mean", microbatch=None if whole_batches else max_samples)
     if mode == "lanczos" and not full_dataset:
         data = replace(data, data=[Reader(data, torch.device("cpu")).first()[1]])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from eigenfunc import scope, tree
 from eigenfunc.errors import DataError
@@ -58,8 +61,10 @@ class Batches:
             raise DataError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}")
         if self.reduction == "sum" and self.weight is not None:
             raise DataError("weights have no meaning for reduction='sum', where every batch's loss counts as it is")
-        if self.microbatch is not None and self.microbatch < 1:
-            raise DataError(f"microbatch must be at least 1, got {self.microbatch}")
+        if self.microbatch is not None and (not isinstance(self.microbatch, int) or self.microbatch < 1):
+            raise DataError(f"microbatch must be an integer of at least 1, got {self.microbatch!r}")
+        if self.weight is not None and not callable(self.weight):
+            raise DataError(f"weight must be a function of the batch, got a {type(self.weight).__name__}")
 
     def __iter__(self) -> Iterator[Any]:
         """The batches on `device`. DataLoader workers, samplers and data sets draw from the global random state."""
@@ -69,6 +74,16 @@ class Batches:
                 yield moved
             else:
                 yield from _pieces(moved, self.microbatch)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the batches are known to come in the same order each time."""
+        data = self.data
+        if isinstance(data, DataLoader):
+            cutter = data.batch_sampler
+            plain = cutter is None or type(cutter) is BatchSampler
+            return plain and isinstance(getattr(cutter, "sampler", data.sampler), SequentialSampler)
+        return isinstance(data, (list, tuple))
 
     def on(self, device: torch.device) -> Batches:
         """The same batches, moved to `device` unless another was asked for."""
@@ -104,9 +119,8 @@ class Reader:
         self.batches = batches
         self.device = device
         self.seed = torch.initial_seed()
-        own = getattr(batches.data, "generator", None)
-        self._generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
-        self._states = [generator.get_state() for generator in self._generators]
+        self._sources = _random_sources(batches.data)
+        self._states = [read() for read, _ in self._sources]
 
     def one_pass(self) -> Iterator[tuple[int, float, Any]]:
         """(index, weight, batch) of each batch."""
@@ -132,15 +146,15 @@ class Reader:
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
-        theirs = [generator.get_state() for generator in self._generators]
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
+        theirs = [read() for read, _ in self._sources]
+        for (_, write), state in zip(self._sources, self._states, strict=True):
+            write(state)
         try:
             yield
         finally:
-            self._states = [generator.get_state() for generator in self._generators]
-            for generator, state in zip(self._generators, theirs, strict=True):
-                generator.set_state(state)
+            self._states = [read() for read, _ in self._sources]
+            for (_, write), state in zip(self._sources, theirs, strict=True):
+                write(state)
 
 
 def _apart(batch: Any) -> Any:
@@ -149,6 +163,35 @@ def _apart(batch: Any) -> Any:
         return mapped(lambda leaf: leaf.detach() if leaf.is_floating_point() else leaf, batch)
     except DataError:
         return batch
+
+
+def _random_sources(data: Any) -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """How to read and write the state of each generator that reading the data may draw from."""
+    cutter = getattr(data, "batch_sampler", None)
+    holders = (data, getattr(data, "sampler", None), cutter, getattr(cutter, "sampler", None))
+    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders)}
+    own = [g for g in found.values() if isinstance(g, torch.Generator) and g is not torch.default_generator]
+    sources: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (random.getstate, random.setstate),
+        (np.random.get_state, np.random.set_state),
+    ]
+    sources += [(g.get_state, g.set_state) for g in (torch.default_generator, *own)]
+    return sources
+
+
+def fresh(batch: Any) -> Any:
+    """The batch in dicts and lists of its own, for losses that take items out of them."""
+    if isinstance(batch, (MutableMapping, list)):
+        try:
+            copied = copy.copy(batch)
+            for key in list(copied) if isinstance(copied, MutableMapping) else range(len(copied)):
+                copied[key] = fresh(copied[key])
+        except Exception:  # a container of the user's own making
+            return batch
+        return copied
+    if type(batch) is tuple:
+        return tuple(fresh(part) for part in batch)
+    return batch
 
 
 def as_batches(data: Any) -> Batches:
@@ -211,8 +254,23 @@ def _pieces(batch: Any, size: int) -> Iterator[Any]:
     if count <= size:
         yield batch
         return
+    if uncut := next(
+        (part for part in _parts_of(batch) if isinstance(part, (list, tuple)) and len(part) == count), None
+    ):
+        raise DataError(
+            f"cannot cut a batch that holds a {type(uncut).__name__} with one entry a sample; make it a tensor"
+        )
     for start in range(0, count, size):
         yield mapped(partial(_rows, start, start + size), batch)
+
+
+def _parts_of(batch: Any) -> Iterator[Any]:
+    """The containers in a batch that hold no tensors."""
+    children = list(_children(batch) or ())
+    if children and not any(True for _ in _tensors(batch)):
+        yield batch
+    for child in children:
+        yield from _parts_of(child)
 
 
 def _rows(start: int, stop: int, leaf: Tensor) -> Tensor:
@@ -233,19 +291,19 @@ def mapped(f: Callable[[Tensor], Tensor], batch: Any) -> Any:
     made = [mapped(f, child) for child in children]
     if all(new is old for new, old in zip(made, children, strict=True)):
         return batch
+    try:
+        return _rebuilt(batch, made)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"cannot rebuild a batch of type {type(batch).__name__} with its tensors moved or cut; do it in the loader"
+        ) from error
+
+
+def _rebuilt(batch: Any, made: list[Any]) -> Any:
     if isinstance(batch, Mapping):
-        return _rebuilt_mapping(batch, dict(zip(batch.keys(), made, strict=True)))
+        return type(batch)(dict(zip(batch.keys(), made, strict=True)))  # type: ignore[call-arg]
     if is_dataclass(batch):
         return replace(batch, **dict(zip((f.name for f in fields(batch)), made, strict=True)))  # type: ignore[type-var]
     if hasattr(batch, "_fields"):
         return type(batch)(*made)
     return type(batch)(made)
-
-
-def _rebuilt_mapping(batch: Mapping[Any, Any], made: dict[Any, Any]) -> Any:
-    try:
-        return type(batch)(made)  # type: ignore[call-arg]
-    except TypeError:
-        raise DataError(
-            f"cannot rebuild a batch of type {type(batch).__name__} with its tensors moved or cut; do it in the loader"
-        ) from None

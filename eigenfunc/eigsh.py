@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from eigenfunc import scope
 from eigenfunc.certificate import Products, seeded, start_vector
 from eigenfunc.operator import aslinearoperator
 from eigenfunc.solution import Solution
@@ -61,7 +62,11 @@ def eigsh(
     plan = plan_for(k, which, tol, products.size, basis_size, max_matvecs)
     generator, seed = seeded(seed)
     q = start_vector(v0, products, generator)
-    with torch.no_grad(), tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar:
+    with (
+        scope.full_precision(products.device),
+        torch.no_grad(),
+        tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar,
+    ):
         products.calibrate(generator)
         run = Run(plan, products, generator, bar if progress else None)
         run.start(q)

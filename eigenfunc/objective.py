@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +28,30 @@ class Objective:
     paths: tuple[str, ...]  # names of the module's parameters, each tied group under its first
     criterion: Callable[[Any, Any], Tensor] | None
     loss_fn: Callable[[nn.Module, Any], Tensor] | None
+    guarded: bool = False  # constants are copies, and writing into them is an error
 
     def _apply(self, params: Mapping[str, Tensor], f: Callable[[nn.Module], Any]) -> Any:
         """f(module) with `params` in place of the module's own, and copies in place of its buffers."""
         if unknown := [name for name in params if name not in self.paths]:
             raise ObjectiveError(f"the module has no parameter {unknown[0]!r}; it has {', '.join(self.paths)}")
         tensors: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
         for kind in ("_parameters", "_buffers"):
             for tensor, slots in _slots(self.module, kind):
                 value = params.get(slots[0])
                 if value is None:
                     value = tensor.clone() if kind == "_buffers" else scope.usable(tensor.detach())
+                    if self.guarded and kind == "_parameters":
+                        value = constants[slots[0]] = value.clone()
                 tensors.update({f"module.{slot}": value for slot in slots})
-        return torch.func.functional_call(_Applied(self.module), tensors, (f,), tie_weights=False)
+        with _attributes_kept(self.module), _eagerly(self.module):
+            out = torch.func.functional_call(_Applied(self.module), tensors, (f,), tie_weights=False)
+        if written := [name for name, value in constants.items() if value._version > 0]:
+            raise ObjectiveError(
+                f"the forward pass writes into the constant parameter '{written[0]}', so that each product would see "
+                "another model; do such updates outside of the loss"
+            )
+        return out
 
     def predict(self, params: Mapping[str, Tensor], inputs: Any) -> Any:
         return self._apply(params, lambda module: module(inputs))
@@ -51,19 +63,22 @@ class Objective:
             return value
         if self.criterion is not None:
             inputs, targets = _pair(batch)
-            return self.criterion(self.predict(params, inputs), targets)
+            criterion = self.criterion
+            # inside, for a criterion may reach for the module's parameters, to penalise them say
+            loss: Tensor = self._apply(params, lambda module: criterion(module(inputs), targets))
+            return loss
         if not isinstance(batch, Mapping):
             raise ObjectiveError(
                 f"without criterion or loss_fn a batch must be a mapping of the module's keyword arguments, "
                 f"this one is a {type(batch).__name__}; pass criterion= for (inputs, targets) or loss_fn= for the rest"
             )
         output = self._apply(params, lambda module: module(**batch))
-        loss: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if loss is None:
+        found: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if found is None:
             raise ObjectiveError(
                 "the module's output has no `loss`; put the labels into the batch, or pass criterion= or loss_fn="
             )
-        return loss
+        return found
 
 
 class _Applied(nn.Module):
@@ -75,6 +90,29 @@ class _Applied(nn.Module):
 
     def forward(self, f: Callable[[nn.Module], Any]) -> Any:
         return f(self.module)
+
+
+def _eagerly(module: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled parts run uncompiled: compilers stop at first derivatives."""
+    if any(type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) for m in module.modules()):
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Puts back plain tensor attributes that a forward pass sets (old-style weight norm, kept features)."""
+    before = [(part, {k: v for k, v in vars(part).items() if isinstance(v, Tensor)}) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, saved in before:
+            for name in [k for k, v in vars(part).items() if isinstance(v, Tensor) and saved.get(k) is not v]:
+                if name in saved:
+                    vars(part)[name] = saved[name]
+                else:
+                    del vars(part)[name]
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

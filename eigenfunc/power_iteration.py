@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from eigenfunc import scope
 from eigenfunc.certificate import Products, certify, seeded, start_vector, whole
 from eigenfunc.errors import InputError
 from eigenfunc.krylov import basis, power
@@ -65,7 +66,11 @@ def power_iteration(
         raise InputError("stochastic=True needs an operator over Batches or a DataLoader, such as hessian(...) makes")
     generator, seed = seeded(seed)
     first = start_vector(v0, products, generator)
-    with torch.no_grad(), tqdm(disable=not progress, desc="power iteration", unit=" products", leave=False) as bar:
+    with (
+        scope.full_precision(products.device),
+        torch.no_grad(),
+        tqdm(disable=not progress, desc="power iteration", unit=" products", leave=False) as bar,
+    ):
         products.calibrate(generator)
         run = Run(plan, products, generator, None)
         found = first[:0]

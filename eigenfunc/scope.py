@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,17 +13,36 @@ from torch import Tensor
 from eigenfunc import tree
 from eigenfunc.tree import Tree
 
+_LOCK = threading.RLock()  # torch's transforms, random state and backend switches belong to the process
+
 
 @contextmanager
 def untouched(device: torch.device | None = None) -> Iterator[None]:
-    """Gradients on, inference mode off, and the global random state (CPU and `device`) put back at the end.
+    """Gradients on, inference mode and autocast off, one thread at a time, and the random state put back at the end.
 
-    The state is put back on exceptions too. Random operations inside see the caller's state, so a model with
-    dropout draws the same masks whenever the caller's state is the same.
+    That is the global state, of the CPU and of `device`, and it is put back on exceptions too. Random operations
+    inside see the caller's state, so a model with dropout draws the same masks whenever that state is the same.
     """
     if torch.compiler.is_compiling():
         yield
         return
+    with _LOCK, full_precision(device), _untouched(device):
+        yield
+
+
+@contextmanager
+def full_precision(device: torch.device | None = None) -> Iterator[None]:
+    """No autocast from outside: what a loss does at lower precision is up to the loss."""
+    kinds = {"cpu", *([device.type] if device is not None and device.type != "meta" else [])}
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def _untouched(device: torch.device | None) -> Iterator[None]:
     devices = [device] if device is not None and device.type not in ("cpu", "meta") else []
     kind = devices[0].type if devices else "cuda"
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices, device_type=kind):

@@ -291,6 +291,12 @@ class Run:
         known = grown > self.width and not self.adopted
         self.width = grown
         self.inject(row, known=known)
+        if known and grown > 1:
+            # a vector that is random in all that has not been multiplied, the coming rows included
+            weights = torch.randn(grown, generator=self.generator, dtype=torch.float64)
+            weights[row - self.j] = (self.plan.n - self.j - grown + 1) ** 0.5
+            weights = weights / torch.linalg.vector_norm(weights)
+            self.state = kernel.mix(self.state, self.j, row, weights.to(self.state.t.device))
         self.state = kernel.swap(self.state, self.j, row)
 
     def certify(self, ritz: Ritz) -> Certified:

@@ -168,6 +168,15 @@ def test_every_copy_of_a_multiple_eigenvalue_is_found_from_one_start_vector() ->
         assert ((solution.values - values[:4]).abs() <= solution.bounds).all()
 
 
+@pytest.mark.parametrize("seed", [33, *range(25)])
+def test_copies_do_not_hide_among_the_coming_vectors(seed: int) -> None:
+    counts = {-3: 1, -2: 5, -1: 2, 0: 4, 1: 6, 2: 10, 3: 5}
+    values = torch.cat([torch.full((count,), float(value)) for value, count in counts.items()]).double()
+    A = rotated(values[torch.randperm(33, generator=torch.Generator().manual_seed(seed))], seed)
+    for which in WHICH:
+        assert_certified(eigsh(A, 6, which=which, tol=1e-6, seed=seed), A, 6, which)
+
+
 @pytest.mark.parametrize("start", ["eigenvector", "orthogonal to all that is wanted"])
 def test_an_unlucky_start_vector_does_not_hide_what_is_wanted(start: str) -> None:
     values = torch.cat([torch.tensor([5.0, 4, 3]), torch.linspace(0, 1, 300)]).double()

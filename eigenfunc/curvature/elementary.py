@@ -171,7 +171,9 @@ def embedding_bag(
         count = len(starts)
         bag = torch.bucketize(torch.arange(len(input), device=input.device), starts, right=True) - 1
     entries = input.reshape(-1)
-    counted = torch.ones_like(entries, dtype=torch.bool) if padding_idx is None else entries != padding_idx
+    counted = (
+        torch.ones_like(entries, dtype=torch.bool) if padding_idx is None else entries != padding_idx % len(weight)
+    )
     rows, bag = weight[entries[counted]], bag[counted]
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.reshape(-1)[counted][:, None]
@@ -185,7 +187,8 @@ def embedding_bag(
 
 def _largest(rows: Tensor, bag: Tensor, count: int) -> Tensor:
     members = [rows[bag == i] for i in range(count)]
-    return torch.stack([m.amax(0) if len(m) else rows.new_zeros(rows.shape[1]) for m in members])
+    firsts = [m.gather(0, m.argmax(0, keepdim=True))[0] if len(m) else rows.new_zeros(rows.shape[1]) for m in members]
+    return torch.stack(firsts)
 
 
 def _refuse_rewriting(max_norm: float | None, scale_grad_by_freq: bool) -> None:
@@ -261,3 +264,4 @@ SWAPS: dict[Any, Callable[..., Any]] = {
     torch.lstm: lstm,
     torch._weight_norm: weight_norm,
 }
+RANDOM = frozenset({F.dropout})

@@ -45,11 +45,16 @@ DERIVATIVES: dict[tuple[Any, str], Derivatives] = {  # by function and its `appr
 }
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, for derivatives whose parts overflow before their product vanishes."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, f: Callable[[], Tensor], derivatives: Derivatives) -> Tensor:
         ctx.derivatives = derivatives
-        ctx.save_for_backward(x, derivatives(x)[0])
+        ctx.save_for_backward(x, derivatives(_wide(x))[0].to(x.dtype))
         return f()
 
     @staticmethod
@@ -66,7 +71,7 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, slope: Tensor, x: Tensor, first: Tensor, derivatives: Derivatives) -> Tensor:
-        ctx.save_for_backward(first, derivatives(x)[1].mul_(slope))
+        ctx.save_for_backward(first, derivatives(_wide(x))[1].mul_(slope).to(x.dtype))
         return slope * first
 
     @staticmethod

@@ -65,15 +65,17 @@ def hessian(
     ways = [*WAYS, ON_REQUEST]
     if product != "auto" and product not in ways:
         raise InputError(f"product must be 'auto' or one of {', '.join(map(repr, ways))}; got {product!r}")
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk must be at least 1, got {chunk}")
-    if cache != "auto" and (isinstance(cache, str) or cache < 0):
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise InputError(f"chunk must be an integer of at least 1, got {chunk!r}")
+    if cache != "auto" and not (isinstance(cache, (int, float)) and cache >= 0):
         raise InputError(f"cache must be 'auto' or a number of bytes, got {cache!r}")
     tree.check_vector_space(params, "params")
     device = tree.device(params)
     batches = as_batches(data)
     if scope.inside_transform():
-        return LinearOperator(_pure(loss, params, batches), params, description="Hessian by hvp, inside a transform")
+        return LinearOperator(
+            _pure(loss, params, batches, torch.initial_seed()), params, description="Hessian by hvp, inside a transform"
+        )
     with scope.untouched(device):
         point = scope.usable(tree.tree_map(lambda leaf: leaf.detach(), params))
     reader = Reader(batches.on(device), device)
@@ -98,8 +100,7 @@ class _SetUp(NamedTuple):
 
     def operator(self, product: str, budget: int, chunk: int | None, compile: bool, check: bool) -> LinearOperator:
         loss, point, reader, differences = self
-        data = reader.batches.data
-        in_order = rehearsal.rehearse(loss, point, reader) if check else isinstance(data, (list, tuple))
+        in_order = rehearsal.rehearse(loss, point, reader) if check else reader.batches.sequential
         seen = Seen()
         with scope.untouched(reader.device):
             index, batch = reader.first()
@@ -127,16 +128,31 @@ class _SetUp(NamedTuple):
         words = "as asked" if product == ON_REQUEST else "not checked" if proof is None else proof.words(way)
         words += f"; mends met: {', '.join(sorted(seen.names))}" if seen.names else ""
         prefix = f"Hessian, way '{way}'{' compiled' if made is not None else ''}, {words}"
-        pure = _pure(loss, point, reader.batches)
+        pure = _pure(loss, point, reader.batches, reader.seed)
+
+        versions = [leaf._version for leaf in tree.leaves(point)]
+
+        def current() -> None:
+            for name, leaf, version in zip(tree.names(point), tree.leaves(point), versions, strict=True):
+                if leaf._version != version:
+                    raise ObjectiveError(
+                        f"parameter '{name}' was changed in place after the operator was made (by an optimiser's step, "
+                        "say); make a new operator, or pass copies of the parameters"
+                    )
 
         def matvec(v: Tree) -> Tree:
+            current()
             return pure(v) if scope.inside_transform() else sweep.matvec(v)
+
+        def matmat(vs: Tree) -> Tree:
+            current()
+            return sweep.matmat(vs)
 
         def describe() -> str:
             error = f", off by at most {differences.error:.0e} for unit vectors so far" if product == ON_REQUEST else ""
             return f"{prefix}{error}; {sweep.describe()}{figures}"
 
-        return LinearOperator(matvec, point, sweep.matmat, sweep.minibatches, describe, lambda: differences.error)
+        return LinearOperator(matvec, point, matmat, sweep.minibatches, describe, lambda: differences.error)
 
     def _of_leaves(self, index: int, batch: Any) -> products.Function:
         return products.of_leaves(self.loss, batch, self.point, self.reader.seed + index)
@@ -195,12 +211,12 @@ def _once(make: Callable[[], Product], v: list[Tensor]) -> list[Tensor]:
     return make().single(v)
 
 
-def _pure(loss: Loss, params: Tree, batches: Batches) -> MatVec:
+def _pure(loss: Loss, params: Tree, batches: Batches, seed: int) -> MatVec:
     def matvec(v: Tree) -> Tree:
         def parts() -> Iterator[tuple[float, Callable[[], Tree]]]:
             for index, batch in enumerate(batches):
                 weight = batches.weigh(batch, index)
-                yield weight, partial(products.hvp, loss, params, batch, v)
+                yield weight, partial(products.seeded_hvp, loss, params, batch, v, seed + index)
 
         return average(parts(), batches.reduction)
 

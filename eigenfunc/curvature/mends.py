@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from eigenfunc.curvature.elementary import SWAPS
+from eigenfunc.curvature.elementary import RANDOM, SWAPS
+from eigenfunc.errors import ProductError
 
 
 class Seen:
@@ -24,6 +25,7 @@ class Seen:
     def __init__(self) -> None:
         self.names: set[str] = set()
         self.eps = 0.0
+        self.verify = False  # whether to hold the value of each formula against that of what it stands for
 
 
 def math_attention(seen: Seen) -> AbstractContextManager[Any]:
@@ -46,7 +48,7 @@ class ElementaryFormulas(TorchFunctionMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         formula = SWAPS.get(func)
-        if formula is None:
+        if formula is None or kwargs.get("inplace"):
             return func(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if value is not None}
         try:
@@ -54,10 +56,26 @@ class ElementaryFormulas(TorchFunctionMode):
         except TypeError:
             return func(*args, **kwargs)
         self.seen.names.add(func.__name__.strip("_"))
-        return formula(*args, **named)
+        out = formula(*args, **named)
+        if self.seen.verify and func not in RANDOM and not kwargs.get("dropout_p"):
+            _check_value(func, func(*args, **kwargs), out)
+        return out
 
 
 _READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def _check_value(func: Any, theirs: Any, ours: Any) -> None:
+    if not isinstance(ours, Tensor) or not ours.is_floating_point():
+        return
+    eps = max(torch.finfo(theirs.dtype).eps, torch.finfo(ours.dtype).eps)
+    if not torch.allclose(
+        theirs.detach().double(), ours.detach().double(), rtol=eps**0.5, atol=eps**0.5, equal_nan=True
+    ):
+        raise ProductError(
+            f"the formula that stands in for {func.__name__} gives another value than torch on these arguments: please "
+            "report this call; product='finite-difference' with check=False does without"
+        )
 
 
 class Constants(TorchFunctionMode):

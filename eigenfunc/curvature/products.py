@@ -18,6 +18,7 @@ from torch.autograd import forward_ad as _forward_ad
 from eigenfunc import scope, tree
 from eigenfunc.curvature.held import Held
 from eigenfunc.curvature.mends import mended
+from eigenfunc.data import fresh
 from eigenfunc.errors import ObjectiveError
 from eigenfunc.tree import Tree
 
@@ -234,7 +235,7 @@ def of_leaves(loss: Loss, batch: Any, params: Tree, seed: int | None = None) -> 
     def f(leaves: Sequence[Tensor]) -> Tensor:
         if seed is not None:
             scope.reseed(seed, refs[0].device)
-        return scalar(loss(rebuild(list(leaves)), batch))
+        return scalar(loss(rebuild(list(leaves)), fresh(batch)))
 
     return f
 
@@ -248,7 +249,14 @@ def hvp(loss: Loss, params: Tree, batch: Any, v: Tree) -> Tree:
     """
     tree.check_vector_space(params, "params")
     tree.check_like(v, params, "v")
+    constant = not torch.is_grad_enabled() and not scope.inside_transform()
+    image = seeded_hvp(loss, params, batch, v, None)
+    return tree.tree_map(torch.detach, image) if constant else image
+
+
+def seeded_hvp(loss: Loss, params: Tree, batch: Any, v: Tree, seed: int | None) -> Tree:
+    """`hvp` without its checks, with the random numbers of `seed`."""
     with scope.untouched(tree.device(params)), mended():
         params, batch, v = scope.usable(params), scope.usable(batch), scope.usable(v)
         leaves, rebuild = tree.flatten(params)
-        return rebuild(jvp(of_leaves(loss, batch, params), leaves).single(tree.leaves(v)))
+        return rebuild(jvp(of_leaves(loss, batch, params, seed), leaves).single(tree.leaves(v)))

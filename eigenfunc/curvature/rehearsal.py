@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
@@ -17,6 +19,7 @@ from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.products import Function, Loss
 from eigenfunc.data import Batches, Reader, average, mapped
 from eigenfunc.errors import DataError, DataWarning, ObjectiveError
+from eigenfunc.objective import Objective
 from eigenfunc.tree import Tree
 
 
@@ -28,7 +31,11 @@ def rehearse(loss: Loss, point: Tree, reader: Reader) -> bool:
     the two passes have different means.
     """
     with scope.untouched(reader.device), mended() as seen:
-        _check_in_place(loss, point, reader.first()[1])
+        if reader.batches.microbatch is not None:
+            _check_cut(loss, point, reader.batches, reader.seed, 100 * tree.coarsest_eps(point))
+        seen.verify = True
+        _check_purity(loss, point, reader.first()[1], reader.seed)
+        seen.verify = False
         passes = [_losses(loss, point, reader) for _ in range(2)]
         first, second = (float(average(_parts(losses), reader.batches.reduction)) for losses in passes)
         slack = 100 * max(tree.coarsest_eps(point), seen.eps)
@@ -41,11 +48,13 @@ def rehearse(loss: Loss, point: Tree, reader: Reader) -> bool:
                 DataWarning,
                 stacklevel=5,
             )
-        if reader.batches.microbatch is not None:
-            _check_cut(loss, point, reader.batches, reader.seed, slack)
-    return len(passes[0]) == len(passes[1]) and all(
-        w1 == w2 and bool((a - b).abs() <= slack * a.abs())
-        for (w1, a), (w2, b) in zip(passes[0], passes[1], strict=True)
+    return (
+        reader.batches.sequential
+        and len(passes[0]) == len(passes[1])
+        and all(
+            w1 == w2 and bool((a - b).abs() <= slack * a.abs())
+            for (w1, a), (w2, b) in zip(passes[0], passes[1], strict=True)
+        )
     )
 
 
@@ -80,8 +89,8 @@ def _value(f: Function, refs: list[Tensor]) -> Tensor:
     return f([leaf.detach().requires_grad_() for leaf in refs]).detach().double()
 
 
-def _check_in_place(loss: Loss, point: Tree, batch: Any) -> None:
-    """Run the loss on copies and see whether it writes into them."""
+def _check_purity(loss: Loss, point: Tree, batch: Any, seed: int) -> None:
+    """Run the loss on copies: it may neither write into them nor reach the parameters by another way."""
     copies: list[Tensor] = []
 
     def copied(leaf: Tensor) -> Tensor:
@@ -94,7 +103,8 @@ def _check_in_place(loss: Loss, point: Tree, batch: Any) -> None:
         own = mapped(copied, batch)
     except DataError:
         own = batch
-    _value(products.of_leaves(loss, own, params), tree.leaves(params))
+    pure = replace(loss, guarded=True) if isinstance(loss, Objective) else loss
+    _value(products.of_leaves(pure, own, params, seed), tree.leaves(params))
     written = [i for i, copy in enumerate(copies) if copy._version > 0]
     if written:
         what = f"parameter '{tree.names(point)[written[0]]}'" if written[0] < count else "a tensor of its batch"
@@ -102,29 +112,63 @@ def _check_in_place(loss: Loss, point: Tree, batch: Any) -> None:
             f"the loss writes into {what} in place, so that it is no function of it, and a second product would see "
             "other numbers; use the out-of-place operation, or clone the tensor first"
         )
+    leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(point)]
+    _check_aliases(products.of_leaves(loss, batch, point, seed)(leaves), leaves, tree.names(point))
+
+
+def _check_aliases(value: Tensor, leaves: list[Tensor], names: list[str]) -> None:
+    """No other tensor that requires grad, in the graph of the loss, may share its memory with a parameter."""
+    places = {leaf.data_ptr(): name for leaf, name in zip(leaves, names, strict=True) if leaf.numel() > 0}
+    own = {id(leaf) for leaf in leaves}
+    stack, seen = [value.grad_fn], {value.grad_fn}
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in own and variable.data_ptr() in places:
+            raise ObjectiveError(
+                f"the loss reads parameter '{places[variable.data_ptr()]}' not from the `params` it is given but from "
+                "elsewhere (a list, a closure, a second reference), where it counts as a constant; take it from "
+                "`params`, or in a module from its own attribute"
+            )
+        for following, _ in () if node is None else node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+
+
+class _Undropped(TorchFunctionMode):
+    """Dropout as the identity, so that losses can be compared across cuts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in _DROPOUTS else func(*args, **(kwargs or {}))
+
+
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 
 
 def _check_cut(loss: Loss, point: Tree, batches: Batches, seed: int, slack: float) -> None:
-    """The first piece has the loss that its halves have together; of two samples at least, where pieces have one."""
+    """Two ways of cutting the data, into pieces and into their halves, have the same loss."""
     assert batches.microbatch is not None
-    size = max(batches.microbatch, 2)
-    for whole in replace(batches, microbatch=None):
-        piece = next(iter(replace(batches, data=[whole], microbatch=size)))
-        halves = list(replace(batches, data=[piece], microbatch=size // 2))
-        if len(halves) < 2:
-            continue
-        together = _value(products.of_leaves(loss, piece, point, seed), tree.leaves(point))
-        if scope.drawn_since_reseed(seed, tree.device(point)):
-            return  # random masks differ with the cut, though their distribution does not
-        values = [
-            (batches.weigh(half, 0), _value(products.of_leaves(loss, half, point), tree.leaves(point)))
-            for half in halves
-        ]
-        apart = float(average(_parts(values), batches.reduction))
-        if abs(float(together) - apart) > slack * max(abs(float(together)), abs(apart)):
-            raise DataError(
-                f"cutting a batch changes its loss from {float(together):.8g} to {apart:.8g}: the model mixes samples "
-                "(BatchNorm in train mode, a contrastive loss), or the weights are not those of the loss. Leave "
-                "microbatch out, call eval(), or pass weight="
-            )
-        return
+    sizes = (max(batches.microbatch, 2), max(batches.microbatch, 2) // 2)
+    found = []
+    for size in sizes:
+        losses = []
+        for index, piece in enumerate(replace(batches, microbatch=size)):
+            try:
+                with _Undropped():
+                    value = _value(products.of_leaves(loss, piece, point, seed), tree.leaves(point))
+            except ValueError as error:  # batch norm of one sample
+                raise DataError(
+                    f"the model cannot take pieces of {size} samples: {error}; leave microbatch out"
+                ) from error
+            if scope.drawn_since_reseed(seed, tree.device(point)):
+                return  # random numbers that differ with the cut, though their distribution does not
+            losses.append((batches.weigh(piece, index), value))
+        found.append(float(average(_parts(losses), batches.reduction)))
+    together, apart = found
+    if abs(together - apart) > slack * max(abs(together), abs(apart)):
+        raise DataError(
+            f"cutting batches changes the loss from {together:.8g} to {apart:.8g}: the model mixes samples (BatchNorm "
+            "in train mode, a contrastive loss), or the weights are not those of the loss. Leave microbatch out, call "
+            "eval(), or pass weight="
+        )

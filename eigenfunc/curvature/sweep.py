@@ -94,12 +94,12 @@ class Sweep:
         """The weighted mean, or sum, of `use(product)` over the batches."""
         with self._scope():
             mean = average(((w, partial(_used, use, make)) for w, make in self.parts()), self.reader.batches.reduction)
-        return self._rebuild(mean)
+        return self._rebuild(_distinct(mean))
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
         if self.complete:  # nothing but backward passes: no random numbers, nothing to mend
-            with torch.inference_mode(False), torch.enable_grad():
+            with scope.full_precision(self.reader.device), torch.inference_mode(False), torch.enable_grad():
                 yield
             return
         with scope.untouched(self.reader.device), mended():
@@ -192,6 +192,16 @@ def seconds(f: Callable[[], Any], device: torch.device) -> float:
 
 def _same(product: Product) -> Product:
     return product
+
+
+def _distinct(blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Blocks in memory of their own: a backward pass may hand out one tensor twice, or an expanded number."""
+    out, taken = [], set()
+    for x in blocks:
+        own = x if x.data_ptr() not in taken and 0 not in x.stride() else x.clone(memory_format=torch.contiguous_format)
+        taken.add(own.data_ptr())
+        out.append(own)
+    return out
 
 
 def _used(use: Callable[[Product], Sequence[Tensor]], make: Callable[[], Product]) -> list[Tensor]:

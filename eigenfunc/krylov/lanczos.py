@@ -125,6 +125,21 @@ def inject(state: State, row: int, vector: Tree, *, stop: int, known: bool = Tru
     return state._replace(basis=vectors.write(cleared, row, fresh), t=t, alive=alive)
 
 
+def mix(state: State, start: int, row: int, weights: Tensor) -> State:
+    """Turn the coming rows from `start` on, by a reflection, so that `row` becomes their sum with the unit `weights`
+    (w,); in place."""
+    stop = start + weights.shape[0]
+    u = weights.clone()
+    u[row - start] -= 1
+    length = (u * u).sum()
+    turn = torch.eye(stop - start, dtype=u.dtype, device=u.device)
+    turn = turn - torch.where(length > 0, 2 / torch.where(length > 0, length, 1.0), 0.0) * u[:, None] * u[None, :]
+    rows = tree.combine(turn, tree.rows(state.basis, start, stop))
+    t = state.t.clone()
+    t[start:stop, :start] = turn.to(t) @ t[start:stop, :start]
+    return state._replace(basis=vectors.write(state.basis, start, rows), t=t)
+
+
 def swap(state: State, i: int, k: int) -> State:
     """Exchange two coming rows; in place."""
     for leaf in (*tree.leaves(state.basis), state.t, state.alive):
