@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from eigenfunc import scope, tree
 from eigenfunc.errors import InputError, ObjectiveError
@@ -34,6 +35,11 @@ class Objective:
         """f(module) with `params` in place of the module's own, and copies in place of its buffers."""
         if unknown := [name for name in params if name not in self.paths]:
             raise ObjectiveError(f"the module has no parameter {unknown[0]!r}; it has {', '.join(self.paths)}")
+        if parametrize._cache_enabled:
+            raise ObjectiveError(
+                "torch.nn.utils.parametrize.cached() is active: parametrised weights would come out of its cache and "
+                "not of the parameters; leave it first"
+            )
         tensors: dict[str, Tensor] = {}
         constants: dict[str, Tensor] = {}
         for kind in ("_parameters", "_buffers"):

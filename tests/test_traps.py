@@ -239,6 +239,18 @@ def test_blocks_of_a_product_have_memory_of_their_own(way: str) -> None:
     assert torch.equal(image["b"], kept)
 
 
+def test_a_cache_of_parametrised_weights_is_refused() -> None:
+    model = nn.utils.parametrizations.orthogonal(nn.Linear(3, 2).double())
+    loss, params = functional_loss(model, F.cross_entropy)
+    v = random_like(params)
+    expected = hessian(loss, params, (X, Y), cache=0)(v)
+    with nn.utils.parametrize.cached():
+        for product in (lambda: hvp(loss, params, (X, Y), v), lambda: hessian(loss, params, (X, Y))):
+            with pytest.raises(ObjectiveError, match="cached"):
+                product()
+    assert_blocks_close(hvp(loss, params, (X, Y), v), flat(expected), 1e-11)
+
+
 class Remembering(nn.Module):
     def __init__(self) -> None:
         super().__init__()
