@@ -211,6 +211,7 @@ def test_no_random_state_moves_wherever_it_is_kept() -> None:
     before = generator.get_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
     loss, params = functional_loss(net(), F.cross_entropy)
     hessian(loss, params, loader, cache=0)(random_like(params))
+    hessian(loss, params, Batches(loader, microbatch=2))
     assert torch.equal(generator.get_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]  # type: ignore[union-attr]

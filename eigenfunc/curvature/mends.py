@@ -74,7 +74,7 @@ def _check_value(func: Any, theirs: Any, ours: Any) -> None:
     ):
         raise ProductError(
             f"the formula that stands in for {func.__name__} gives another value than torch on these arguments: please "
-            "report this call; product='finite-difference' with check=False does without"
+            "report this call; elementary operations in its place would do"
         )
 
 

@@ -153,7 +153,7 @@ def check_mends(f: Function, point: Sequence[Tensor], labels: Sequence[str], see
     if worst > max(tolerance_of(point, seen.eps), 1e-6):  # torch's own kernels hold constants in float32 at places
         raise ProductError(
             f"replacing {', '.join(sorted(seen.names))} by what can be differentiated twice changes the gradient of "
-            f"'{label}' by {worst:.1e}: please report this model; product='finite-difference' does without"
+            f"'{label}' by {worst:.1e}: please report this model; elementary operations in their place would do"
         )
 
 

@@ -153,7 +153,7 @@ def _check_cut(loss: Loss, point: Tree, batches: Batches, seed: int, slack: floa
     found = []
     for size in sizes:
         losses = []
-        for index, piece in enumerate(replace(batches, microbatch=size)):
+        for _, weight, piece in Reader(replace(batches, microbatch=size), tree.device(point)).one_pass():
             try:
                 with _Undropped():
                     value = _value(products.of_leaves(loss, piece, point, seed), tree.leaves(point))
@@ -163,7 +163,7 @@ def _check_cut(loss: Loss, point: Tree, batches: Batches, seed: int, slack: floa
                 ) from error
             if scope.drawn_since_reseed(seed, tree.device(point)):
                 return  # random numbers that differ with the cut, though their distribution does not
-            losses.append((batches.weigh(piece, index), value))
+            losses.append((weight, value))
         found.append(float(average(_parts(losses), batches.reduction)))
     together, apart = found
     if abs(together - apart) > slack * max(abs(together), abs(apart)):
