@@ -61,8 +61,11 @@ class Products:
         x = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.dtype)
         return torch.div(x, torch.linalg.vector_norm(x)).to(self.device)
 
-    def calibrate(self, generator: torch.Generator) -> None:
-        """Two products with one random vector: checks their shape, sets `scale`, measures `noise`."""
+    def calibrate(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Two products with one random unit vector: checks their shape, sets `scale`, measures `noise`.
+
+        Returns the vector (1, n) and its image.
+        """
         u = self.random(generator)
         product = self.A.matvec(tree.row(tree.unravel(u, self.A.like), 0))
         tree.check_like(product, self.A.like, "the operator's product")
@@ -78,6 +81,7 @@ class Products:
         other = self(0.7 * u) / 0.7
         length = float(tree.norm(image))
         self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
+        return u, image
 
     @property
     def roundoff(self) -> float:
@@ -88,6 +92,10 @@ class Products:
     def declared(self) -> float:
         """The error of products with unit vectors that the operator itself knows of."""
         return self.A.noise() / self.scale
+
+    def rounding(self, anorm: float) -> float:
+        """The length of the error of a product with a unit vector, for an operator of norm `anorm`."""
+        return 2 * max(max(self.eps, self.noise) * anorm, self.declared)
 
     def floor(self, anorm: float) -> float:
         """Residuals are not told apart below this, for an operator of norm `anorm`."""
@@ -106,6 +114,7 @@ class Certified(NamedTuple):
 
     values: Tensor  # (k,) float64, CPU
     vectors: Tensor  # (k, n), orthonormal
+    images: Tensor  # (k, n), A x / scale
     residuals: Tensor  # (k,) float64, CPU: true norms ‖A x − θ x‖
     asymmetry: float  # max |⟨x_i, A x_j⟩ − ⟨x_j, A x_i⟩|
     orthogonality: float
@@ -123,7 +132,7 @@ def certify(products: Products, x: Tensor) -> Certified:
     if not bool(torch.isfinite(residuals).all()):
         raise NonFiniteError(non_finite(products.matvecs))
     off = tree.exact_gram(x, x) - torch.eye(len(values), dtype=torch.float64, device=x.device)
-    return Certified(values, x, residuals, float((g - g.mT).abs().max()), float(off.abs().max()))
+    return Certified(values, x, image, residuals, float((g - g.mT).abs().max()), float(off.abs().max()))
 
 
 def whole(value: Any, what: str, least: int) -> int:
@@ -140,13 +149,44 @@ def seeded(seed: int | None) -> tuple[torch.Generator, int]:
     return generator.manual_seed(whole(seed, "seed", 0)), seed
 
 
-def start_vector(v0: Tree | None, products: Products, generator: torch.Generator) -> Tensor:
+def start_block(v0: Tree | None, block_size: int, products: Products, generator: torch.Generator) -> Tensor:
+    """Orthonormal start vectors (block_size, n): sums of those given, random ones where there are too few.
+
+    The i-th given vector joins row i modulo the block size, so that a single start vector has a share in all of them.
+    """
     if v0 is None:
-        return products.random(generator)
-    tree.check_like(v0, products.A.like, "v0")
-    flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach(), v0), products.A.like)[None]
-    largest = float(flat.abs().max())
-    if largest == 0 or not math.isfinite(largest):
-        raise InputError("v0 is zero" if largest == 0 else "v0 holds NaN or infinity")
-    unit: Tensor = basis.normalised(flat / largest, torch.zeros((), dtype=torch.float64, device=flat.device))[0]
-    return unit
+        given = torch.empty(0, products.size, dtype=products.dtype, device=products.device)
+    else:
+        given = _given(v0, products)
+    rows = []
+    for i in range(block_size):
+        total = given[i::block_size].sum(0, keepdim=True)
+        useful = len(given[i::block_size]) > 0 and float(tree.norm(total)) > 1e3 * products.eps
+        rows.append(total if useful else products.random(generator))
+    floors = torch.full((block_size,), 1e3 * products.eps, dtype=torch.float64, device=products.device)
+    q, _, alive = basis.independent(torch.cat(rows), floors)
+    for i in torch.nonzero(alive == 0).flatten().tolist():
+        q[i : i + 1] = basis.orthogonal_to(products.random(generator), q)
+    return q
+
+
+def _given(v0: Tree, products: Products) -> Tensor:
+    """The user's start vectors, flat (p, n), of norm one."""
+    like = products.A.like
+    leaves = tree.leaves(v0)
+    refs = tree.leaves(like)
+    stacked = len(leaves) == len(refs) and all(
+        isinstance(x, Tensor) and x.ndim == ref.ndim + 1 for x, ref in zip(leaves, refs, strict=True)
+    )
+    tree.check_like(v0, like, "v0", stacked=stacked)
+    flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach(), v0), like)
+    flat = flat if stacked else flat[None]
+    if len(flat) == 0:
+        raise InputError("v0 is a stack of no vectors")
+    largest = flat.abs().amax(1)
+    bad = ~torch.isfinite(largest) | (largest == 0)
+    if bool(bad.any()):
+        which = f" (vector {int(torch.argmax(bad.int()))})" if stacked else ""
+        raise InputError(f"v0{which} is zero" if bool((largest == 0).any()) else f"v0{which} holds NaN or infinity")
+    flat = flat / largest[:, None]
+    return torch.div(flat, torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=torch.float64)).to(flat.dtype)

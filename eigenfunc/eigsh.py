@@ -9,10 +9,11 @@ import torch
 from tqdm.auto import tqdm
 
 from eigenfunc import scope
-from eigenfunc.certificate import Products, seeded, start_vector
+from eigenfunc.certificate import Products, seeded, start_block
 from eigenfunc.operator import aslinearoperator
 from eigenfunc.solution import Solution
-from eigenfunc.thick_restart import Run, plan_for, search
+from eigenfunc.plan import plan_for
+from eigenfunc.thick_restart import Run, search
 from eigenfunc.tree import Tree
 from eigenfunc.verdict import conclude
 
@@ -28,6 +29,7 @@ def eigsh(
     v0: Tree | None = None,
     seed: int | None = None,
     basis_size: int | None = None,
+    block_size: int = 1,
     max_matvecs: int | None = None,
     progress: bool = False,
     throw: bool = True,
@@ -59,17 +61,22 @@ def eigsh(
     """
     begun = time.perf_counter()
     products = Products(aslinearoperator(A))
-    plan = plan_for(k, which, tol, products.size, basis_size, max_matvecs)
+    plan = plan_for(k, which, tol, products.size, basis_size=basis_size, block_size=block_size, max_matvecs=max_matvecs)
     generator, seed = seeded(seed)
-    q = start_vector(v0, products, generator)
+    given = None if v0 is None else start_block(v0, plan.block_size, products, generator)
     with (
         scope.full_precision(products.device),
         torch.no_grad(),
         tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar,
     ):
-        products.calibrate(generator)
+        q, image = products.calibrate(generator)
         run = Run(plan, products, generator, bar if progress else None)
-        run.start(q)
-        certified, passed, rounds = search(run)
+        if given is None and plan.block_size == 1:
+            run.verification -= 1  # the random vector that was calibrated with serves as the start
+            run.start(q, image)
+        else:
+            q = start_block(None, plan.block_size, products, generator) if given is None else given
+            run.start(q, products(q))
+        certified, limits, rounds = search(run)
         remedy = f"raise max_matvecs (now {plan.max_matvecs}) or basis_size (now {plan.basis_size})"
-        return conclude(run, certified, passed, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw)
+        return conclude(run, certified, limits, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw)

@@ -12,16 +12,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eigenfunc import scope
-from eigenfunc.certificate import Products, certify, seeded, start_vector, whole
+from eigenfunc.certificate import Products, certify, seeded, start_block, whole
 from eigenfunc.errors import InputError
 from eigenfunc.krylov import basis, power
 from eigenfunc.operator import MatVec, aslinearoperator
 from eigenfunc.solution import Solution
-from eigenfunc.thick_restart import Run, plan_for
+from eigenfunc.plan import plan_for
+from eigenfunc.thick_restart import Run, probed
 from eigenfunc.tree import Tree
 from eigenfunc.verdict import conclude
-
-_PROBE_BUDGET = 100  # products that the completeness probe may take, or a quarter of those spent before
 
 
 def power_iteration(
@@ -58,14 +57,14 @@ def power_iteration(
     begun = time.perf_counter()
     A = aslinearoperator(A)
     products = Products(A)
-    plan = plan_for(k, "LM", tol, products.size, None, None)
+    plan = plan_for(k, "LM", tol, products.size)
     max_steps = whole(max_steps, "max_steps", 1)
     if not (isinstance(momentum, (int, float)) and 0 <= momentum < float("inf")):
         raise InputError(f"momentum must be a finite number, not negative, got {momentum!r}")
     if stochastic and A.minibatches is None:
         raise InputError("stochastic=True needs an operator over Batches or a DataLoader, such as hessian(...) makes")
     generator, seed = seeded(seed)
-    first = start_vector(v0, products, generator)
+    first = start_block(v0, 1, products, generator)
     with (
         scope.full_precision(products.device),
         torch.no_grad(),
@@ -82,17 +81,9 @@ def power_iteration(
             else:
                 vector = _iterated(run, found, start, momentum, max_steps, bar)
             found = torch.cat([found, basis.orthogonal_to(vector, found)])
-        solving = products.matvecs - run.verification
-        certified = certify(products, found)
-        ritz = run.adopt(certified)
-        passed = torch.ones(plan.k, dtype=torch.bool)
-        run.verification = products.matvecs - solving
-        if plan.k < plan.n:
-            run.plan = plan._replace(max_matvecs=solving + max(_PROBE_BUDGET, solving // 4))
-            passed = run.probe(ritz)[1]
-        run.plan = plan
+        certified, limits = probed(run, found)
         remedy = f"raise max_steps (now {max_steps}), or use eigsh, which needs far fewer products"
-        return conclude(run, certified, passed, rounds=1, seed=seed, begun=begun, remedy=remedy, throw=throw)
+        return conclude(run, certified, limits, rounds=1, seed=seed, begun=begun, remedy=remedy, throw=throw)
 
 
 def _iterated(run: Run, found: Tensor, start: Tensor, momentum: float, max_steps: int, bar: Any) -> Tensor:

@@ -9,24 +9,28 @@ from torch import Tensor
 
 from eigenfunc import tree
 from eigenfunc.certificate import Certified
+from eigenfunc.completeness import Limits
 from eigenfunc.errors import NotConverged
 from eigenfunc.solution import Solution, Stats, Status, cluster_bounds
 from eigenfunc.thick_restart import ROUNDS, Run
 
 
 def conclude(
-    run: Run, certified: Certified, passed: Tensor, *, rounds: int, seed: int, begun: float, remedy: str, throw: bool
+    run: Run, certified: Certified, limits: Limits, *, rounds: int, seed: int, begun: float, remedy: str, throw: bool
 ) -> Solution:
     """The solution in the operator's own units and structure, with its verdict; raises `NotConverged` on demand."""
     plan, products = run.plan, run.products
     order = plan.reported(certified.values)
     values, residuals = certified.values[order], certified.residuals[order]
     met = residuals <= run.target(values)
+    within = _reach(run, limits, values)
+    passed = within <= run.room(values) + run.floor()
     skew = max(run.asym, certified.asymmetry) / run.anorm if run.anorm > 0 else 0.0
     explained = max(100 * products.eps, 20 * products.noise)
     if run.anorm > 0:
         explained += 20 * products.declared / run.anorm
     converged = met & passed & torch.tensor(skew <= explained)
+    bounds = cluster_bounds(values, residuals, run.floor())
     stats = Stats(
         matvecs=products.matvecs,
         verification=run.verification,
@@ -45,7 +49,7 @@ def conclude(
         values=values * products.scale,
         vectors=tree.unravel(certified.vectors[order.to(products.device)], products.A.like, narrow=False),
         residuals=residuals * products.scale,
-        bounds=cluster_bounds(values, residuals, run.floor()) * products.scale,
+        bounds=torch.where(passed, bounds.maximum(within), bounds) * products.scale,
         converged=converged,
         noise=run.floor() * products.scale,
         which=plan.which,
@@ -57,6 +61,15 @@ def conclude(
     if throw and not solution.success:
         raise NotConverged(f"{status}: {message}", solution)
     return solution
+
+
+def _reach(run: Run, limits: Limits, values: Tensor) -> Tensor:
+    """(k,) how far beyond each value an eigenvalue may have been missed."""
+    plan = run.plan
+    reach = torch.full_like(values, -torch.inf)
+    for sign, order in plan.sides():
+        reach[order] = reach[order].maximum(limits.beyond[sign] - plan.outward(values, sign)[order])
+    return reach
 
 
 def _verdict(

@@ -19,6 +19,8 @@ FLOORS = [
     {"objective", "data", "operator"},
     {"krylov", "solution", "curvature"},
     {"certificate"},
+    {"plan"},
+    {"completeness"},
     {"thick_restart"},
     {"verdict"},
     {"eigsh", "power_iteration"},

@@ -202,6 +202,8 @@ def test_residuals_are_true_ones() -> None:
 # Products of thick restart at m = 1.5 k + 4 on this spectrum, for tolerances 1e-4, 1e-6, 1e-8 relative to the largest
 # eigenvalue; those of `eigsh` are relative to each one, which asks for more.
 COUNTS = {1: (8, 9, 11), 10: (34, 39, 43), 20: (56, 63, 69), 50: (152, 162, 173)}
+# What the proof of completeness may take: the closer the next value is, relative to the spread, the more.
+PROOFS = {1: 12, 10: 12, 20: 15, 50: 28}
 
 
 @pytest.mark.parametrize("k", COUNTS)
@@ -211,7 +213,7 @@ def test_no_more_products_than_thick_restart_needs(k: int, index: int) -> None:
     for seed in range(3):
         solution = eigsh(diagonal(spectrum), k, which="LA", tol=(1e-4, 1e-6, 1e-8)[index], seed=seed)
         assert ((solution.values - spectrum[:k]).abs() <= solution.bounds).all()
-        assert solution.stats.verification <= k + 12
+        assert solution.stats.verification <= k + PROOFS[k]
         spent.append(solution.stats.matvecs - solution.stats.verification)
     assert sum(spent) / 3 <= 1.15 * COUNTS[k][index]
 

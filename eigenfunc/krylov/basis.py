@@ -87,6 +87,30 @@ def normalised(vector: Tree, floor: Tensor) -> tuple[Tree, Tensor, Tensor]:
     return tree.combine(alive / torch.where(alive > 0, length, 1.0), vector), alive * length, alive[0]
 
 
+def independent(block: Tree, floors: Tensor) -> tuple[Tree, Tensor, Tensor]:
+    """Orthonormal rows q (b, *leaf), r (b, b) with block_i = Σ_l r[l, i] q_l, and `alive` (b,), for a stack `block`.
+
+    One row after the other, each projected twice; a row of which no more than its floor (b,) is left is given up.
+    """
+    count = floors.shape[0]
+    if count == 1:
+        return normalised(block, floors[0])
+    q = allocate(block, count)
+    r = floors.new_zeros(count, count)
+    lives = []
+    for i in range(count):
+        vector, done = tree.rows(block, i, i + 1), tree.rows(q, 0, i)
+        column = floors.new_zeros(i, 1)
+        for _ in range(2 if i else 0):
+            part = tree.gram(done, vector)
+            vector, column = subtract(vector, part, done), column + part
+        unit, length, alive = normalised(vector, floors[i])
+        q = write(q, i, unit)
+        r = write(r.mT, i, torch.cat([column, length, floors.new_zeros(count - i - 1, 1)]).mT).mT
+        lives.append(alive)
+    return q, r, torch.cat(lives)
+
+
 def orthogonal_to(vector: Tree, basis: Tree) -> Tree:
     """`vector` (1, *leaf) made orthogonal to the rows of `basis`, three times over, and of norm one."""
     zero = torch.zeros_like(tree.norms(vector)[0])

@@ -1,9 +1,11 @@
 """Lanczos with full reorthogonalisation and thick restart, as pure functions over a state of tensors.
 
 The state holds the basis V, whose first j rows are orthonormal and multiplied, and behind them the coming rows: the
-residual directions of what has been multiplied, one as a rule, more in a band (A. Ruhe, Math. Comp. 33, 1979). The
-projected matrix T = V A Vᵀ is measured and not assumed. Its rows below the finished part hold what symmetry predicts
-for the coming columns; the difference to what is then measured is a free test of symmetry.
+residual directions of what has been multiplied, as many as the run is wide. A step multiplies the first b of them at
+once: all of them in block Lanczos (G. Golub and R. Underwood, Mathematical Software III, 1977), fewer in a band (A.
+Ruhe, Math. Comp. 33, 1979). The projected matrix T = V A Vᵀ is measured and not assumed. Its rows below the finished
+part hold what symmetry predicts for the coming columns; the difference to what is then measured is a free test of
+symmetry.
 
 The functions know neither tolerance nor the number of wanted pairs: a driver does, and `lanczos` runs a fixed number
 of steps. C. Lanczos, J. Res. Nat. Bur. Stand. 45 (1950); thick restart: K. Wu and H. Simon, SIAM J. Matrix Anal.
@@ -40,49 +42,58 @@ def _always(large: Tensor) -> bool:
 
 
 def init(q: Tree, product: Tree, num_rows: int) -> State:
-    """State for a unit vector q (1, *leaf); `product`, its image, only lends dtype and batching."""
+    """State whose first coming rows are the orthonormal q (b, *leaf); `product`, their image, lends dtype and batching."""
     like = tree.add(q, product)
     basis = vectors.write(vectors.allocate(like, num_rows), 0, q)
     g = tree.gram(like, like)
     zero = g.new_zeros(())
-    alive = vectors.write(g.new_zeros(num_rows), 0, g.new_ones(1))
+    alive = vectors.write(g.new_zeros(num_rows), 0, g.new_ones(g.shape[0]))
     return State(basis, g.new_zeros(num_rows, num_rows), alive, zero, zero, zero == 0)
 
 
 def absorb(state: State, product: Tree, j: int, width: int = 1, *, again: Again = _always) -> State:
-    """Take in the product (1, *leaf) of A with row j, the first of `width` coming rows; the next one is row j+width.
+    """Take in the products (b, *leaf) of A with rows j, …, j+b−1, the first of `width` coming ones; the new rows go to
+    j+width, ….
 
-    The terms of the three-term recurrence go first, then one classical Gram–Schmidt pass over the whole basis,
-    which sees only what they left over; `again` says whether its coefficients were so large (over 5% of what
-    remains) that a second pass is due. Without it the second pass is always made, and nothing is read.
+    The terms of the recurrence go first, then one classical Gram–Schmidt pass over the whole basis, which sees only
+    what they left over; `again` says whether a second pass is due, for its coefficients were large (over 5% of what
+    remains). Without it the second pass is always made, and nothing is read.
     """
     basis, t = state.basis, state.t
-    last = j + width
-    near = max(j - 1, 0)
+    count = tree.leaves(product)[0].shape[0]
+    last, done = j + width, j + count
+    near = max(j - width, 0)
     local = tree.gram(tree.rows(basis, near, last), product)
     rest = vectors.subtract(product, local, tree.rows(basis, near, last))
     seen = tree.rows(basis, 0, last)
     far = tree.gram(seen, rest)
     rest = vectors.subtract(rest, far, seen)
     c = torch.cat([far[:near], far[near:] + local])
-    if again(torch.linalg.vector_norm(far) > 0.05 * tree.norms(rest)[0]):
-        far = tree.gram(seen, rest)
-        rest = vectors.subtract(rest, far, seen)
-        c = c + far
 
     finite = state.finite & tree.all_finite(product)
-    length = torch.sqrt((c * c).sum() + tree.norms(rest)[0] ** 2)
+    left = tree.norms(rest)
+    length = torch.sqrt((c * c).sum(0) + left**2).amax()
     anorm = torch.maximum(state.anorm, torch.where(finite, length, 0.0))
-    eps = torch.finfo(tree.leaves(product)[0].dtype).eps
-    q, r, alive = vectors.normalised(rest, 10 * eps * anorm)
-    predicted = t[j, :j]
-    skew = torch.where(torch.isnan(predicted), 0.0, (c[:j, 0] - predicted).abs())
-    skew = torch.cat([skew, skew.new_zeros(1)]).amax()
+    floor = 10 * torch.finfo(tree.leaves(product)[0].dtype).eps * anorm
+    q, r, alive = vectors.independent(rest, floor.expand(count))
+    if count > 1 or again((torch.linalg.vector_norm(far, dim=0) > 0.05 * left).any()):
+        far = tree.gram(seen, q)
+        shrunk = torch.diagonal(r)
+        floors = floor / torch.where(shrunk > 0, shrunk, 1.0)
+        q, turn, alive = vectors.independent(vectors.subtract(q, far, seen), floors)
+        c, r = c + far @ r, turn @ r
 
-    column = torch.cat([c, r, c.new_zeros(t.shape[0] - last - 1, 1)])
-    row = torch.cat([c[: j + 1].mT, c.new_zeros(1, t.shape[1] - j - 1)], dim=1)
-    t = vectors.write(t, j, row)
-    t = vectors.write(t.mT, j, column.mT).mT
+    inner = c[j:done]
+    skews = [(inner - inner.mT).abs().flatten()]
+    if j > 0:
+        predicted = t[j:done, :j].mT
+        skews.append(torch.where(torch.isnan(predicted), 0.0, (c[:j] - predicted).abs()).flatten())
+    skew = torch.cat(skews).amax()
+    c = torch.cat([c[:j], (inner + inner.mT) / 2, c[done:]])
+    columns = torch.cat([c, r, c.new_zeros(t.shape[0] - last - count, count)])
+    rows = torch.cat([c[:done].mT, c.new_zeros(count, t.shape[1] - done)], dim=1)
+    t = vectors.write(t, j, rows)
+    t = vectors.write(t.mT, j, columns.mT).mT
     return State(
         vectors.write(basis, last, q),
         t,
@@ -93,9 +104,9 @@ def absorb(state: State, product: Tree, j: int, width: int = 1, *, again: Again 
     )
 
 
-def step(state: State, matmat: MatVec, j: int, width: int = 1, *, again: Again = _always) -> State:
-    """One product, with row j, taken in by `absorb`."""
-    return absorb(state, matmat(tree.rows(state.basis, j, j + 1)), j, width, again=again)
+def step(state: State, matmat: MatVec, j: int, width: int = 1, count: int = 1, *, again: Again = _always) -> State:
+    """Products with rows j, …, j+count−1, taken in by `absorb`."""
+    return absorb(state, matmat(tree.rows(state.basis, j, j + count)), j, width, again=again)
 
 
 def restart(state: State, values: Tensor, s: Tensor, width: int = 1) -> State:
@@ -110,34 +121,17 @@ def restart(state: State, values: Tensor, s: Tensor, width: int = 1) -> State:
     return state._replace(basis=vectors.rotate(state.basis, s, width), t=t, alive=alive)
 
 
-def inject(state: State, row: int, vector: Tree, *, stop: int, known: bool = True) -> State:
-    """Put `vector` (1, *leaf), made orthogonal to rows [0, stop), in place of basis row `row` < stop.
+def inject(state: State, row: int, vector: Tree, *, stop: int) -> State:
+    """Put `vector` (1, *leaf), made orthogonal to rows [0, stop), in place of the coming row `row` < stop.
 
-    With `known` the coupling of the new row to the rows before it is predicted to be zero, as after a breakdown;
-    otherwise nothing is predicted and the next step measures it.
+    For vectors that A does not couple to what has been multiplied: those orthogonal to all coming rows, too.
     """
     cleared = vectors.write(state.basis, row, tree.zeros_like(vector))
     fresh = vectors.orthogonal_to(vector, tree.rows(cleared, 0, stop))
-    t = state.t.clone()
-    t[row] = 0.0 if known else torch.nan
-    alive = state.alive.clone()
+    t, alive = state.t.clone(), state.alive.clone()
+    t[row] = 0.0
     alive[row] = 1
     return state._replace(basis=vectors.write(cleared, row, fresh), t=t, alive=alive)
-
-
-def mix(state: State, start: int, row: int, weights: Tensor) -> State:
-    """Turn the coming rows from `start` on, by a reflection, so that `row` becomes their sum with the unit `weights`
-    (w,); in place."""
-    stop = start + weights.shape[0]
-    u = weights.clone()
-    u[row - start] -= 1
-    length = (u * u).sum()
-    turn = torch.eye(stop - start, dtype=u.dtype, device=u.device)
-    turn = turn - torch.where(length > 0, 2 / torch.where(length > 0, length, 1.0), 0.0) * u[:, None] * u[None, :]
-    rows = tree.combine(turn, tree.rows(state.basis, start, stop))
-    t = state.t.clone()
-    t[start:stop, :start] = turn.to(t) @ t[start:stop, :start]
-    return state._replace(basis=vectors.write(state.basis, start, rows), t=t)
 
 
 def swap(state: State, i: int, k: int) -> State:

@@ -1,0 +1,240 @@
+"""Whether an eigenvalue was missed: a count of those beyond a point, with a stated chance of error.
+
+Let V be all vectors multiplied so far, A V = V T + Q C with the coming vectors Q. By Haynsworth's inertia theorem (Linear
+Algebra Appl. 1, 1968) A has as many eigenvalues above λ as T has, and as many more as
+
+    B(λ) = P (A − Q S(λ) Qᵀ) P − λ,    P = 1 − V Vᵀ,    S(λ) = C (T − λ)⁻¹ Cᵀ
+
+has positive ones. Whether B has any is settled by a Lanczos chain from a random vector u ⟂ V: along the chain the share
+of an eigenvector in the vectors grows like the Lanczos polynomials outside the spectrum, and no share exceeds one, so
+that its share in u must have been tiny, which is improbable for a random u. (J. van Dorsselaer, M. Hochstenbach and H.
+van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, bound the largest eigenvalue in this way.) Nothing is assumed of the
+start vectors of the run, of gaps, or of how well anything has converged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eigenfunc import tree
+from eigenfunc.certificate import Products, non_finite
+from eigenfunc.errors import NonFiniteError
+from eigenfunc.krylov import basis
+from eigenfunc.plan import Plan, Side
+
+CHANCE = 1e-3  # of overlooking an eigenvalue, on each side
+PROBE = 8  # products after which a limit within the tolerance will do; also the chain's vectors that are held
+_TINY = 1e-290  # stands for the rounding of a matrix that is exactly zero
+CHAINS = 3  # random vectors whose evidence is put together before giving up
+
+
+class Limits(NamedTuple):
+    """Values outwards, by sign of the side, beyond which no eigenvalue is missing."""
+
+    beyond: dict[int, float]
+    proven: bool  # whether each is within the tolerance of the innermost wanted value of its side
+
+
+UNKNOWN = Limits({1: math.inf, -1: math.inf}, False)
+ALL = Limits({1: -math.inf, -1: -math.inf}, True)
+
+
+class Span(NamedTuple):
+    """What has been multiplied, V (j, n), and the coming rows Q (w, n), with T = diag(theta) in its eigenbasis."""
+
+    vectors: Tensor
+    coming: Tensor
+    theta: Tensor  # (j,)
+    coupling: Tensor  # (w, j)
+
+    def bridge(self, point: float) -> Tensor:
+        """S(λ), (w, w)."""
+        s: Tensor = (self.coupling / (self.theta - point)) @ self.coupling.mT
+        return (s + s.mT) / 2
+
+
+class Finding(NamedTuple):
+    limits: Limits
+    direction: Tensor | None  # (1, n): where what may be missing lies, as far as is known
+
+
+class Points(NamedTuple):
+    """Where nothing may lie beyond: `claims` are the limits that follow if nothing is beyond the `tests`."""
+
+    tests: Tensor  # outwards; the first, strictest one settles S(λ)
+    claims: Tensor
+
+
+def search(
+    plan: Plan,
+    products: Products,
+    span: Span,
+    wanted: Tensor,
+    slack: Tensor,
+    anorm: float,
+    generator: torch.Generator,
+    most: int,
+) -> Finding:
+    """Count the eigenvalues beyond the innermost wanted ones, with at most `most` products a side.
+
+    wanted (k,) Ritz values; slack (2, k): how near to each a further eigenvalue does no harm, strictly (its residual)
+    and at most (its tolerance).
+    """
+    beyond, proven, direction = dict(UNKNOWN.beyond), True, None
+    floor = products.floor(anorm)
+    slack = slack.clamp_min(_TINY)
+    former: list[Chain] = []
+    for side in plan.sides():
+        points = _points(plan, span, side, wanted, slack)
+        bridge = span.bridge(side.sign * float(points.tests[0]))
+        chances = torch.ones_like(points.tests)
+        for old in former:
+            apart = float(torch.linalg.eigvalsh(side.sign * (old.bridge - bridge))[-1]) if len(bridge) else 0.0
+            chances = chances.minimum(old.chances(points.tests - max(apart, 0.0), side.sign))
+        spent = products.matvecs
+        fresh: list[Chain] = []
+        while not _enough(chances, PROBE) and len(fresh) < CHAINS and products.matvecs - spent < most:
+            chain = Chain(products, span, bridge, anorm, generator)
+            fresh.append(chain)
+            before, latest = chances, []
+            for _ in chain:
+                latest.append(chain.chances(points.tests, side.sign))
+                chances = before * latest[-1].clamp_max(1.0)
+                missing = chain.outermost(side.sign) > float(points.tests[0]) + floor
+                known = chain.length >= PROBE or chain.residual(side.sign) <= float(slack[1, side.order[0]])
+                stuck = chain.length > 2 * PROBE and bool(latest[-1][1] > 0.8 * latest[-PROBE][1])
+                if known if missing else stuck or _enough(chances, chain.length):
+                    break
+                if products.matvecs - spent >= most:
+                    break
+            if chain.outermost(side.sign) > float(points.tests[0]) + floor:
+                beyond[side.sign] = _limit(chances, points.claims)
+                return Finding(Limits(beyond, False), chain.ritz_vector(side.sign))
+        former += fresh
+        beyond[side.sign] = _limit(chances, points.claims)
+        if not _enough(chances, PROBE):
+            proven, direction = False, former[-1].ritz_vector(side.sign)
+    return Finding(Limits(beyond, proven), direction)
+
+
+def _enough(chances: Tensor, length: int) -> bool:
+    return bool((chances[: 2 if length >= PROBE else 1] <= CHANCE).any())
+
+
+def _limit(chances: Tensor, claims: Tensor) -> float:
+    sure = claims[chances <= CHANCE]
+    return float(sure.min()) if len(sure) else math.inf
+
+
+def _points(plan: Plan, span: Span, side: Side, wanted: Tensor, slack: Tensor) -> Points:
+    """The innermost wanted value with its two slacks, then the others: a pair may stand where a later one falls."""
+    values = plan.outward(wanted, side.sign)[side.order]
+    strict, loose = slack[:, side.order]
+    # S(λ) has poles at the Ritz values: keep away from those by half their slack
+    options = values[0] + strict[0] + torch.linspace(0, 1, 9, dtype=values.dtype) * (loose[0] - strict[0]).clamp_min(0)
+    away = ((options[:, None] - values) / strict).abs().amin(1)
+    first = options[int(torch.argmax((away >= 0.5).int()))] if bool((away >= 0.5).any()) else options[away.argmax()]
+    near = torch.stack([first, torch.maximum(values[0] + loose[0], first)])
+    far = (values + strict)[1:].clamp_min(float(first))
+    return Points(torch.cat([near, far]), torch.cat([near, far + strict[1:]]))
+
+
+class Chain:
+    """Lanczos on B(λ) from a random vector, three vectors at a time; the first few are held for a Ritz vector."""
+
+    def __init__(
+        self,
+        products: Products,
+        span: Span,
+        bridge: Tensor,
+        anorm: float,
+        generator: torch.Generator,
+    ) -> None:
+        self.products = products
+        self.span = span
+        self.bridge = bridge
+        self.rounding = products.rounding(anorm)
+        self.least = 10 * products.eps * anorm
+        self.start = basis.orthogonal_to(products.random(generator), span.vectors)
+        self.size = products.size - len(span.theta)
+        self.held: list[Tensor] = []
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+
+    @property
+    def length(self) -> int:
+        return len(self.alphas)
+
+    def __iter__(self) -> Iterator[None]:
+        q, previous, beta = self.start, torch.zeros_like(self.start), 0.0
+        while True:
+            w = self._product(q)
+            w = w - beta * previous
+            alpha = float(tree.dot(q, w))
+            w = w - alpha * q
+            beta = float(tree.norm(w))
+            if not math.isfinite(alpha + beta):
+                raise NonFiniteError(non_finite(self.products.matvecs))
+            if self.length < PROBE:
+                self.held.append(q)
+            self.alphas.append(alpha)
+            self.betas.append(beta if beta > self.least else 0.0)
+            yield
+            if self.betas[-1] == 0.0 or self.length == self.size:
+                return
+            previous, q = q, w / beta
+
+    def _product(self, q: Tensor) -> Tensor:
+        v, coming = self.span.vectors, self.span.coming
+        image = self.products(q)
+        image = basis.subtract(image, tree.gram(v, image), v)
+        return basis.subtract(image, self.bridge.to(image.device) @ tree.gram(coming, q), coming)
+
+    def _projected(self, length: int) -> tuple[Tensor, Tensor]:
+        off = torch.tensor(self.betas[: length - 1], dtype=torch.float64)
+        t = torch.diag(torch.tensor(self.alphas[:length], dtype=torch.float64))
+        values, vectors = torch.linalg.eigh(t + torch.diag(off, 1) + torch.diag(off, -1))
+        return values, vectors
+
+    def outermost(self, sign: int) -> float:
+        """A Rayleigh quotient of B + λ: an eigenvalue lies beyond it."""
+        return float((sign * self._projected(self.length)[0]).max())
+
+    def residual(self, sign: int) -> float:
+        values, vectors = self._projected(self.length)
+        return abs(float(vectors[-1, int(torch.argmax(sign * values))])) * self.betas[-1]
+
+    def ritz_vector(self, sign: int) -> Tensor:
+        values, vectors = self._projected(len(self.held))
+        weights = vectors[:, int(torch.argmax(sign * values))]
+        total = torch.zeros_like(self.start)
+        for weight, q in zip(weights.tolist(), self.held, strict=True):
+            total += weight * q
+        return total
+
+    def chances(self, points: Tensor, sign: int) -> Tensor:
+        """(p,) bounds of the probability that an eigenvalue beyond each point escapes the chain so far.
+
+        An eigenvector has shares c with K c = f, K = [T − λ, β e], |f| the rounding of the products, |c| bounded;
+        the largest share in the start vector that this allows is δ, and a random unit vector in N dimensions has a
+        share below δ with probability at most δ √(2N/π).
+        """
+        m = self.length
+        rounding = max(self.rounding * math.sqrt(m / self.products.size), 1e-300)
+        k = torch.zeros(m, m + 1, dtype=torch.float64)
+        k.diagonal().copy_(torch.tensor(self.alphas, dtype=torch.float64))
+        k.diagonal(1).copy_(torch.tensor(self.betas, dtype=torch.float64))
+        k.diagonal(-1).copy_(torch.tensor(self.betas[:-1], dtype=torch.float64))
+        shift = torch.eye(m, m + 1, dtype=torch.float64)
+        k = (sign * k - points[:, None, None] * shift) / rounding
+        size = torch.diag(torch.cat([torch.full((m,), m**-0.5), torch.ones(1)]).double())
+        r = torch.linalg.qr(torch.cat([size.expand(len(points), -1, -1), k], dim=1)).R
+        first = torch.eye(m + 1, 1, dtype=torch.float64).expand(len(points), -1, -1)
+        share = 3**0.5 * torch.linalg.vector_norm(torch.linalg.solve_triangular(r.mT, first, upper=False), dim=(1, 2))
+        chances = share * math.sqrt(2 * self.size / math.pi)
+        return torch.where(points > self.outermost(sign), chances, torch.inf)

@@ -1,0 +1,115 @@
+"""What a run of the solver is asked for, and the sizes chosen for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eigenfunc.certificate import whole
+from eigenfunc.errors import InputError
+
+
+SMALL = 400  # sizes at which a basis of the whole space costs nothing
+
+
+class Side(NamedTuple):
+    """One end of the spectrum that holds wanted values: those beyond the innermost of them, `sign` times outwards."""
+
+    sign: int
+    order: Tensor  # indices into the wanted values, from the innermost outwards
+
+
+class Plan(NamedTuple):
+    """What is wanted, checked, and the sizes chosen for it."""
+
+    which: str
+    top: int
+    bottom: int
+    tol: float
+    n: int
+    basis_size: int
+    block_size: int
+    max_matvecs: int
+
+    @property
+    def k(self) -> int:
+        return self.top + self.bottom
+
+    def wanted(self, theta: Tensor) -> Tensor:
+        """Indices into the rising values `theta` of the wanted ones, in the order in which they are reported."""
+        return self._ends(theta, self.top, self.bottom)
+
+    def sides(self) -> list[Side]:
+        rising = torch.arange(self.k)
+        if self.which == "LM":
+            return [Side(1, rising.flip(0)), Side(-1, rising.flip(0))]
+        if self.which == "SA":
+            return [Side(-1, rising.flip(0))]
+        both = [Side(1, rising[: self.top].flip(0)), Side(-1, rising[self.top :])]
+        return [side for side in both if len(side.order)]
+
+    def outward(self, values: Tensor, sign: int) -> Tensor:
+        """`values` as distances outwards, to one side."""
+        return values.abs() if self.which == "LM" else sign * values
+
+    def reported(self, values: Tensor) -> Tensor:
+        """Indices of k rising values in the order in which they are reported."""
+        if self.which == "LM":
+            return torch.argsort(values.abs(), descending=True, stable=True)
+        return torch.arange(self.k) if self.which == "SA" else torch.arange(self.k - 1, -1, -1)
+
+    def kept(self, theta: Tensor, count: int) -> Tensor:
+        """Indices of the `count` pairs to keep at a restart: the wanted and the next in line."""
+        extra = count - self.k
+        up = extra if self.bottom == 0 else 0 if self.top == 0 else extra - extra // 2
+        return self._ends(theta, self.top + up, self.bottom + extra - up)
+
+    def _ends(self, theta: Tensor, top: int, bottom: int) -> Tensor:
+        if self.which == "LM":
+            return torch.argsort(theta.abs(), descending=True, stable=True)[:top]
+        falling = torch.arange(len(theta) - 1, -1, -1)
+        if self.which == "SA":
+            return torch.arange(bottom)
+        return torch.cat([falling[:top], falling[len(theta) - bottom :]])
+
+
+def plan_for(
+    k: int | Sequence[int],
+    which: str,
+    tol: float,
+    n: int,
+    *,
+    basis_size: int | None = None,
+    block_size: int = 1,
+    max_matvecs: int | None = None,
+) -> Plan:
+    """Check what is asked for and choose what is not; `InputError` says what is wrong."""
+    if which not in ("LM", "LA", "SA", "BE"):
+        raise InputError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
+    if isinstance(k, (tuple, list)) and which == "BE" and len(k) == 2:
+        top, bottom = (whole(part, "k", 0) for part in k)
+    else:
+        count = whole(k, "k", 1)
+        top, bottom = {"BE": ((count + 1) // 2, count // 2), "SA": (0, count)}.get(which, (count, 0))
+    wanted = top + bottom
+    if not 1 <= wanted <= n:
+        raise InputError(f"k = {k} eigenpairs of a matrix of size {n}: k must lie between 1 and n")
+    if not (isinstance(tol, (int, float)) and 0 < tol < 1):
+        raise InputError(f"tol must lie between 0 and 1 (it is relative to each eigenvalue), got {tol!r}")
+    block = min(whole(block_size, "block_size", 1), n)
+    if basis_size is None:
+        basis_size = max(2 * wanted + 10, 16) if which in ("LM", "LA") else min(max(4 * wanted + 20, 60), 120)
+        basis_size = max(basis_size, wanted + 20, wanted + 4 * block)
+        if n <= max(2 * basis_size, SMALL):
+            basis_size = n
+    least = min(wanted + 3 + block, n)
+    size = min(whole(basis_size, "basis_size", 1), n)
+    if size < least:
+        raise InputError(
+            f"basis_size must be at least {least} for k = {wanted}, blocks of {block} and n = {n}, got {basis_size}"
+        )
+    budget = max(1000, 50 * wanted) if max_matvecs is None else whole(max_matvecs, "max_matvecs", 1)
+    return Plan(which, top, bottom, tol, n, size, block, budget)
