@@ -88,7 +88,7 @@ def outcomes(seed: int, examples: int, processes: int, families: tuple[str, ...]
 
 def table(found: list[Outcome]) -> str:
     lines = [
-        "| family | cases | right | WRONG | not converged | refused or crashed | converged, of the separated | seconds |",
+        "| family | cases | right | WRONG | not converged | refused, crashed | converged, of the separated | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for family in [*FAMILIES, "all"]:
@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--family", action="append", choices=tuple(FAMILIES), help="only these; may be repeated")
     parser.add_argument("--only", type=int, metavar="INDEX", help="repeat one case")
-    parser.add_argument("--open", action="store_true", help="list the separated cases that did not converge, too")
+    parser.add_argument("--open", action="store_true", help="list the cases that did not converge, too")
     args = parser.parse_args()
     families = tuple(args.family or FAMILIES)
     if args.only is not None:
@@ -133,11 +133,11 @@ def main() -> int:
     for outcome in outcomes(args.seed, args.examples, args.processes, families):
         found.append(outcome)
         bar.update()
-        bad = bool(outcome.faults)
-        if bad or (args.open and outcome.separated and outcome.verdict != "right"):
-            bar.write(
-                f"--only {outcome.index}: {outcome.verdict}: {outcome.line}\n    " + "\n    ".join(outcome.faults)
-            )
+        if outcome.faults or (args.open and outcome.verdict != "right"):
+            apart = " (separated)" if outcome.separated else ""
+            bar.write(f"--seed {args.seed} --only {outcome.index}: {outcome.verdict}{apart}: {outcome.line}")
+            for fault in outcome.faults:
+                bar.write(f"    {fault}")
     bar.close()
     print(table(found))
     return 1 if any(outcome.faults for outcome in found) else 0

@@ -29,7 +29,7 @@ def parameter_tree(n: int, layout: str = "bare", seed: int = 0, dtype: torch.dty
     rng = random.Random(seed)
     if layout == "bare":
         return torch.zeros(_shape(n, rng), dtype=dtype)
-    cuts = sorted(rng.choices(range(n + 1), k=rng.randint(1, 5)))
+    cuts = sorted(rng.choices(range(n + 1), k=rng.randrange(1, 6)))
     leaves = [
         torch.zeros(_shape(stop - start, rng), dtype=dtype)
         for start, stop in zip([0, *cuts], [*cuts, n], strict=True)
@@ -57,6 +57,6 @@ def _contained(leaves: list[Tensor], layout: str, rng: random.Random) -> Tree:
         return tuple(leaves)
     if layout == "named tuple":
         return Layer(leaves[:1], leaves[1:])
-    half = rng.randint(0, len(leaves))
+    half = rng.randrange(len(leaves) + 1)
     outer = _contained(leaves[:half], rng.choice(LAYOUTS[1:5]), rng)
     return {"z": outer, "a": Layer({"inner": leaves[half:]}, ())}

@@ -36,18 +36,18 @@ def _count(low: int, high: int, g: Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=g))
 
 
-def _quadratic(g: Generator) -> SmallLoss:
+def _quadratic(generator: Generator) -> SmallLoss:
     """½ xᵀ S x + bᵀ x on any tree, with S the batch."""
-    n = _count(1, 12, g)
-    like = parameter_tree(n, LAYOUTS[_count(0, len(LAYOUTS) - 1, g)], _count(0, 999, g))
-    S = _gauss(g, n, n)
+    n = _count(1, 12, generator)
+    like = parameter_tree(n, LAYOUTS[_count(0, len(LAYOUTS) - 1, generator)], _count(0, 999, generator))
+    S = _gauss(generator, n, n)
     S = (S + S.mT) / 2
 
     def loss(params: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         x = tree.ravel(params, like)
         return x @ batch[0] @ x / 2 + batch[1] @ x
 
-    return SmallLoss("quadratic", loss, tree.randn(like, g), (S, _gauss(g, n)), S)
+    return SmallLoss("quadratic", loss, tree.randn(like, generator), (S, _gauss(generator, n)), S)
 
 
 def _rosenbrock(g: Generator) -> SmallLoss:

@@ -267,8 +267,8 @@ def random_case(
         dense=n <= DENSE and rng.random() < 0.5,
     )
     which = rng.choice(WHICH)
-    count = min(rng.randint(1, 8), n)
-    top = rng.randint(0, count)
+    count = min(rng.randrange(1, 9), n)
+    top = rng.randrange(count + 1)
     return Case(
         problem,
         (top, count - top) if which == "BE" and rng.random() < 0.3 else count,

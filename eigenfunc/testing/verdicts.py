@@ -120,7 +120,8 @@ def faults(case: Case, claim: Any) -> list[str]:
         if not float(off[i].abs()) <= bound + slack:
             wrong.append(
                 f"{rank} is called converged at {value:.9g}, {abs(float(off[i])) * unit:.2g} from the wanted "
-                f"eigenvalue of that rank, {float(truth[i]) * unit:.9g}: its bound is {bound * unit:.2g}"
+                f"eigenvalue of that rank, {float(truth[i]) * unit:.9g}: its bound is {bound * unit:.2g}, tol·|λ| "
+                f"{case.tol * abs(value):.2g}"
             )
         if bound > 10 * (float(found.kahan[i]) + found.noise):
             wrong.append(f"{rank} has a bound of {bound * unit:.2g}, idle beside its residual")
