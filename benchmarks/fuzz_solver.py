@@ -2,7 +2,7 @@
 
 Random cases of every family of spectra, dtype, size, scale, tree and start vector, each held against the true spectrum
 (see `eigenfunc.testing.faults`). Exit code 1 if anything is called converged that is not.
-`--only INDEX` repeats one case of a run with the same `--seed` and prints all about it.
+`--only INDEX` repeats one case of a run with the same `--seed` (and `--family`) and prints all about it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TAKES_BLOCKS = "block_size" in inspect.signature(eigsh).parameters
 
 class Outcome(NamedTuple):
     index: int
-    family: str
+    groups: tuple[str, ...]  # the rows of the table that it counts in
     verdict: str  # "right", "WRONG", a status of Solution, or "refused: " and the error
     separated: bool  # what was wanted stood out by more than the tolerance and rounding
     seconds: float
@@ -71,7 +71,8 @@ def judge(seed: int, index: int, families: tuple[str, ...]) -> Outcome:
     else:
         wrong = faults(case, solution)
         verdict = "WRONG" if wrong else "right" if solution.success else str(solution.status)
-    return Outcome(index, case.problem.family, verdict, case.separated, time.perf_counter() - begun, repr(case), wrong)
+    groups = (case.problem.family, case.problem.dtype, f"start: {case.start}", "all")
+    return Outcome(index, groups, verdict, case.separated, time.perf_counter() - begun, repr(case), wrong)
 
 
 def judge_all(seed: int, indices: Iterable[int], families: tuple[str, ...]) -> list[Outcome]:
@@ -87,19 +88,20 @@ def outcomes(seed: int, examples: int, processes: int, families: tuple[str, ...]
 
 
 def table(found: list[Outcome]) -> str:
+    rows = [*FAMILIES, *sorted({group for o in found for group in o.groups[1:3]}), "all"]
     lines = [
-        "| family | cases | right | WRONG | not converged | refused, crashed | converged, of the separated | seconds |",
+        "| | cases | right | WRONG | not converged | refused, crashed | converged, of the separated | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for family in [*FAMILIES, "all"]:
-        of = [o for o in found if family in (o.family, "all")]
+    for row in rows:
+        of = [o for o in found if row in o.groups]
         if of:
             verdicts, apart = Counter(o.verdict for o in of), [o for o in of if o.separated]
             ended = {v: c for v, c in verdicts.items() if v.startswith(("refused", "crash"))}
             open_ = {v: c for v, c in verdicts.items() if v not in {"right", "WRONG", *ended}}
             share = sum(o.verdict == "right" for o in apart) / len(apart) if apart else float("nan")
             lines.append(
-                f"| {family} | {len(of)} | {verdicts['right']} | {verdicts['WRONG']} | {_told(open_)} | {_told(ended)} "
+                f"| {row} | {len(of)} | {verdicts['right']} | {verdicts['WRONG']} | {_told(open_)} | {_told(ended)} "
                 f"| {share:.2%} of {len(apart)} | {sum(o.seconds for o in of) / len(of):.3f} |"
             )
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import scipy.sparse.linalg as arpack
 import torch
 from torch import Tensor
 
+from benchmarks import fuzz_solver
 from eigenfunc import LinearOperator, eigsh, tree
 from eigenfunc.errors import InputError
 from eigenfunc.testing import FAMILIES, Case, Claim, Problem, SolverFault, check_eigensolver, faults
@@ -268,3 +269,26 @@ def test_changes_that_have_no_counterpart_are_left_out() -> None:
     assert ends is not None
     assert ends.k == (0, 2)
     assert set(SIMPLE + REPEATED) <= set(FAMILIES)
+
+
+def test_the_fuzzer_counts_and_lists_false_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    families = ("gauss", "identity")
+    right = fuzz_solver.judge_all(0, range(6), families)
+    assert [outcome.verdict for outcome in right] == ["right"] * 6
+
+    def off(A: LinearOperator, k: Any, **asked: Any) -> Any:
+        solution = eigsh(A, k, **asked)
+        return replace(solution, values=solution.values * 1.1)
+
+    def refusing(*_: Any, **__: Any) -> None:
+        raise InputError("not today")
+
+    monkeypatch.setattr(fuzz_solver, "eigsh", off)
+    wrong = fuzz_solver.judge_all(0, range(6), families)
+    assert [outcome.verdict for outcome in wrong] == ["WRONG"] * 6
+    assert all(outcome.faults for outcome in wrong)
+    assert [outcome.line for outcome in wrong] == [outcome.line for outcome in right]
+    monkeypatch.setattr(fuzz_solver, "eigsh", refusing)
+    refused = fuzz_solver.judge_all(0, range(6), families)
+    last = fuzz_solver.table([*right, *wrong, *refused]).splitlines()[-1]
+    assert last.startswith("| all | 18 | 6 | 6 | 0 | 6 refused: InputError |")
