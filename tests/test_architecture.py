@@ -18,7 +18,7 @@ FLOORS = [
     {"scope"},
     {"objective", "data", "operator"},
     {"krylov", "solution", "curvature"},
-    {"certificate"},
+    {"certificate", "testing"},
     {"plan"},
     {"completeness"},
     {"thick_restart"},
@@ -74,6 +74,7 @@ def test_one_module_knows_optree() -> None:
 def test_run_time_packages_are_few() -> None:
     core = {"torch", "numpy", "optree", "tqdm", "eigenfunc"}
     extras = {"cli": {"safetensors", "resource"}, "plot": {"matplotlib"}, "demo": {"sklearn"}}
+    extras["testing"] = {"hypothesis"}
     import sys
 
     for path in FILES:
