@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import scope
-from eigenfunc.certificate import Products, certify, seeded, start_vector, whole
+from eigenfunc import endgame, scope
+from eigenfunc.certificate import Products, seeded, start_vector, whole
 from eigenfunc.errors import InputError
 from eigenfunc.krylov import basis, power
 from eigenfunc.operator import MatVec, aslinearoperator
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, plan_for
 from eigenfunc.tree import Tree
-from eigenfunc.verdict import conclude
-
-_PROBE_BUDGET = 100  # products that the completeness probe may take, or a quarter of those spent before
 
 
 def power_iteration(
@@ -82,17 +79,9 @@ def power_iteration(
             else:
                 vector = _iterated(run, found, start, momentum, max_steps, bar)
             found = torch.cat([found, basis.orthogonal_to(vector, found)])
-        solving = products.matvecs - run.verification
-        certified = certify(products, found)
-        ritz = run.adopt(certified)
-        passed = torch.ones(plan.k, dtype=torch.bool)
-        run.verification = products.matvecs - solving
-        if plan.k < plan.n:
-            run.plan = plan._replace(max_matvecs=solving + max(_PROBE_BUDGET, solving // 4))
-            passed = run.probe(ritz)[1]
-        run.plan = plan
         remedy = f"raise max_steps (now {max_steps}), or use eigsh, which needs far fewer products"
-        return conclude(run, certified, passed, rounds=1, seed=seed, begun=begun, remedy=remedy, throw=throw)
+        certified = endgame.certificate(run, found)
+        return endgame.finish(run, certified, seed=seed, begun=begun, remedy=remedy, throw=throw)
 
 
 def _iterated(run: Run, found: Tensor, start: Tensor, momentum: float, max_steps: int, bar: Any) -> Tensor:
