@@ -47,18 +47,30 @@ def _given(v0: Tree | None, size: int, products: Products, generator: torch.Gene
     return block[tree.norms(block) > 0]
 
 
-def settled(run: Run, state: SubspaceState | LobpcgState, bar: Any) -> bool:
-    """Read the state once: whether the k leading residuals meet the tolerance, and no other Ritz value, with its
-    residual, reaches in among theirs."""
-    k, b = run.plan.k, len(state.values)
+def look(run: Run, state: SubspaceState | LobpcgState) -> tuple[Tensor, Tensor]:
+    """Values and residuals (b,) on the CPU, by one read of the state; raises `NonFiniteError`."""
+    b = len(state.values)
     figures = torch.stack([state.anorm, state.asym, state.finite.double()])
     host = torch.cat([state.values, state.residuals, figures]).cpu()
-    values, residuals, (anorm, asym, finite) = host[:b], host[b : 2 * b], host[2 * b :].tolist()
+    anorm, asym, finite = host[2 * b :].tolist()
     if not finite:
         raise NonFiniteError(non_finite(run.products.matvecs))
     run.anorm, run.asym = max(run.anorm, anorm), max(run.asym, asym)
-    target = (0.9 * run.plan.tol * values.abs()).clamp_min(run.floor())
+    return host[:b], host[b : 2 * b]
+
+
+def settled(run: Run, state: SubspaceState | LobpcgState, bar: Any) -> bool:
+    """Whether the k leading residuals meet the tolerance, and no other Ritz value, with its residual, reaches in among
+    theirs."""
+    k = run.plan.k
+    values, residuals = look(run, state)
+    target = aims(run, values)
     bar.update(run.products.matvecs - bar.n)
     rank = values.abs() if run.plan.which == "LM" else values
     intruded = (rank + residuals)[k:] > (rank + target)[k - 1]
     return bool((residuals <= target)[:k].all()) and not bool(intruded.any())
+
+
+def aims(run: Run, values: Tensor) -> Tensor:
+    """The residual to reach for each Ritz value: a little below what the certificate will ask."""
+    return (0.9 * run.plan.tol * values.abs()).clamp_min(run.floor())

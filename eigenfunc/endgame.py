@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run
 from eigenfunc.verdict import conclude
 
-_PROBE_BUDGET = 100  # products that the completeness probe may take, or a quarter of those spent before
+Probe = Callable[[Certified], Tensor]
+
+_PROBE_BUDGET = 100  # or a quarter of what was spent before
 
 
 def certificate(run: Run, x: Tensor) -> Certified:
@@ -21,16 +25,34 @@ def certificate(run: Run, x: Tensor) -> Certified:
     return certified
 
 
+def budget(run: Run) -> int:
+    """Products that a completeness probe may take."""
+    return max(_PROBE_BUDGET, run.spent // 4)
+
+
 def finish(
-    run: Run, certified: Certified, *, rounds: int = 1, seed: int, begun: float, remedy: str, throw: bool
+    run: Run,
+    certified: Certified,
+    *,
+    probe: Probe | None = None,
+    rounds: int = 1,
+    seed: int,
+    begun: float,
+    remedy: str,
+    throw: bool,
 ) -> Solution:
-    """Probe beyond the certified pairs for any that were missed, and conclude."""
-    plan, anorm, asym = run.plan, run.anorm, run.asym
-    ritz = run.adopt(certified)
-    run.anorm = max(run.anorm, anorm)
+    """Look beyond the certified pairs for any that were missed, by `run.probe` or by a probe of the solver's own, which
+    says of each pair, as reported, whether it stood; and conclude."""
+    plan, solving = run.plan, run.spent
     passed = torch.ones(plan.k, dtype=torch.bool)
-    if plan.k < plan.n:
-        run.plan = plan._replace(max_matvecs=run.spent + max(_PROBE_BUDGET, run.spent // 4))
+    if probe is not None and plan.k < plan.n:
+        passed = probe(certified)
+        run.verification = run.products.matvecs - solving
+    elif plan.k < plan.n:
+        anorm, asym = run.anorm, run.asym
+        ritz = run.adopt(certified)
+        run.anorm = max(run.anorm, anorm)
+        run.plan = plan._replace(max_matvecs=solving + budget(run))
         passed = run.probe(ritz)[1]
-    run.plan, run.asym = plan, max(run.asym, asym)
+        run.plan, run.asym = plan, max(run.asym, asym)
     return conclude(run, certified, passed, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eigenfunc import blocks, endgame, scope, tree
-from eigenfunc.certificate import Products, seeded, whole
+from eigenfunc.certificate import Certified, Products, seeded, whole
 from eigenfunc.errors import InputError
-from eigenfunc.krylov import lobpcg as kernel
+from eigenfunc.krylov import basis, lobpcg as kernel
 from eigenfunc.operator import MatVec, aslinearoperator
 from eigenfunc.solution import Solution
-from eigenfunc.thick_restart import ROUNDS, Run, plan_for
+from eigenfunc.thick_restart import CAUTION, PROBE, ROUNDS, Run, plan_for
 from eigenfunc.tree import Tree
 
 
@@ -48,8 +49,8 @@ def lobpcg(
     throw           raise `NotConverged`, which carries the solution, unless every pair converged
 
     Memory: about 14 b vectors. Verdict, residuals and completeness are as in `eigsh`: k fresh products, and a random
-    probe, which the preconditioner does not help. Raises what `eigsh` raises, and `InputError` for a preconditioner
-    that is seen not to be positive definite.
+    probe, preconditioned if the run is. Raises what `eigsh` raises, and `InputError` for a preconditioner that is seen
+    not to be positive definite.
 
     A. Knyazev, Toward the optimal preconditioned eigensolver, SIAM J. Sci. Comput. 23 (2001).
     """
@@ -64,8 +65,7 @@ def lobpcg(
     start = blocks.start_block(v0, size, products, generator)
     sign = 1.0 if which == "LA" else -1.0
 
-    def matmat(block: Tensor) -> Tensor:
-        return sign * products(block)
+    matmat = _sparing(lambda block: sign * products(block))
 
     with (
         scope.full_precision(products.device),
@@ -86,9 +86,57 @@ def lobpcg(
                 if last or rounds == ROUNDS or bool((certified.residuals <= run.target(certified.values)).all()):
                     break
                 state = kernel.init(state.vectors, matmat)
-            state = kernel.step(state, matmat, precondition)
+            state = kernel.step(state, matmat, precondition, blocks.aims(run, state.values))
         remedy = f"raise max_steps (now {max_steps}) or block_size (now {size}), precondition, or use eigsh"
-        return endgame.finish(run, certified, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw)
+        probe = None if precondition is None else partial(_probe, run, sign, matmat, precondition)
+        return endgame.finish(
+            run, certified, probe=probe, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw
+        )
+
+
+def _probe(run: Run, sign: float, matmat: kernel.MatMat, precondition: kernel.MatMat, certified: Certified) -> Tensor:
+    """Look for missed eigenvalues by LOBPCG with a random vector, orthogonal to all that was found.
+
+    At least eight steps, and on until the new value, with three times its residual, stays behind, or is beyond for sure.
+    Returns (k,) whether neither a wanted value nor one before it may have another beyond it. An ill-conditioned matrix
+    asks for the preconditioner here as much as in the solving.
+    """
+    plan, products, found = run.plan, run.products, certified.vectors
+
+    def beyond(f: kernel.MatMat) -> kernel.MatMat:
+        def outside(block: Tensor) -> Tensor:
+            image = f(block)
+            return basis.subtract(image, tree.gram(found, image), found)
+
+        return outside
+
+    matmat, precondition = beyond(matmat), beyond(precondition)
+    order = plan.reported(certified.values)
+    run.anorm = max(run.anorm, float(certified.values.abs().max()))
+    edges = sign * certified.values[order] + certified.residuals[order].clamp_min(run.floor())
+    state = kernel.init(basis.orthogonal_to(products.random(run.generator), found), matmat)
+    for step in range(endgame.budget(run)):
+        values, residuals = blocks.look(run, state)
+        reach = values + CAUTION * residuals
+        missed = (values - residuals > edges[-1]) & (residuals <= blocks.aims(run, values))
+        if step >= PROBE and bool((reach <= edges[-1]) | missed):
+            break
+        state = kernel.step(state, matmat, precondition)
+    passed: Tensor = (reach > edges).cumsum(0) == 0
+    return passed
+
+
+def _sparing(f: kernel.MatMat) -> kernel.MatMat:
+    """f for blocks (b, n) some rows of which may be zero: those are not passed on."""
+
+    def some(block: Tensor) -> Tensor:
+        alive = tree.norms(block) > 0
+        out = torch.zeros_like(block)
+        if bool(alive.any()):
+            out[alive] = f(block[alive])
+        return out
+
+    return some
 
 
 def _mapped(preconditioner: MatVec, products: Products, generator: torch.Generator) -> kernel.MatMat:
@@ -108,4 +156,4 @@ def _mapped(preconditioner: MatVec, products: Products, generator: torch.Generat
     tree.check_like(preconditioner(tree.unravel(sample, like)), like, "the preconditioner's result")
     if not bool(torch.dot(sample, one(sample)) > 0):
         raise InputError("the preconditioner is not positive definite: ⟨v, T v⟩ is not above zero for a random v")
-    return lambda block: torch.stack([one(row) for row in block])
+    return _sparing(lambda block: torch.stack([one(row) for row in block]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -12,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eigenfunc import endgame, scope
-from eigenfunc.certificate import Products, seeded, start_vector, whole
-from eigenfunc.errors import InputError
+from eigenfunc.certificate import Products, non_finite, seeded, start_vector, whole
+from eigenfunc.errors import InputError, NonFiniteError
 from eigenfunc.krylov import basis, power
 from eigenfunc.operator import MatVec, aslinearoperator
 from eigenfunc.solution import Solution
@@ -97,6 +98,8 @@ def _iterated(run: Run, found: Tensor, start: Tensor, momentum: float, max_steps
         bar.update(1)
         if step % every == 0 or step == max_steps:
             value, residual = torch.stack([state.value, state.residual]).tolist()
+            if not math.isfinite(residual):
+                raise NonFiniteError(non_finite(products.matvecs))
             run.anorm = max(run.anorm, abs(value) + residual)
             if residual <= max(0.9 * run.plan.tol * abs(value), run.floor()):
                 break

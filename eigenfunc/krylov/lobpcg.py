@@ -50,13 +50,17 @@ def init(block: Tree, matmat: MatMat) -> LobpcgState:
     return _ritz(start, block, image)
 
 
-def step(state: LobpcgState, matmat: MatMat, precondition: MatMat | None = None) -> LobpcgState:
+def step(
+    state: LobpcgState, matmat: MatMat, precondition: MatMat | None = None, target: Tensor | None = None
+) -> LobpcgState:
     """One product with b new vectors: the residuals, put through `precondition`, less what is known already.
 
     `precondition` maps a stack (b, *leaf) to a stack and approximates a positive definite inverse, of A − σ or of |A|.
+    Where a residual meets `target` (b,) no vector is spent on it, and one more row that `matmat` is given is zero.
     """
-    rest = tree.sub(state.images, span.weighted(state.values, state.vectors))
-    rest = span.unit(rest)
+    rest = span.unit(tree.sub(state.images, span.weighted(state.values, state.vectors)))
+    if target is not None:
+        rest = span.weighted((state.residuals > target).to(state.residuals), rest)
     if precondition is not None:
         rest = span.cleaned(precondition(rest))
     known = span.stacked(state.vectors, state.directions)
