@@ -97,7 +97,7 @@ def lobpcg(
 def _probe(run: Run, sign: float, matmat: kernel.MatMat, precondition: kernel.MatMat, certified: Certified) -> Tensor:
     """Look for missed eigenvalues by LOBPCG with a random vector, orthogonal to all that was found.
 
-    At least eight steps, and on until the new value, with three times its residual, stays behind, or is beyond for sure.
+    At least eight steps, and on until the new value, with thrice its residual, stays behind, or is beyond for sure.
     Returns (k,) whether neither a wanted value nor one before it may have another beyond it. An ill-conditioned matrix
     asks for the preconditioner here as much as in the solving.
     """
@@ -106,7 +106,8 @@ def _probe(run: Run, sign: float, matmat: kernel.MatMat, precondition: kernel.Ma
     def beyond(f: kernel.MatMat) -> kernel.MatMat:
         def outside(block: Tensor) -> Tensor:
             image = f(block)
-            return basis.subtract(image, tree.gram(found, image), found)
+            rest: Tensor = basis.subtract(image, tree.gram(found, image), found)
+            return rest
 
         return outside
 

@@ -84,14 +84,16 @@ def _ritz(state: LobpcgState, basis: Tree, images: Tree) -> LobpcgState:
     lost = (whiten == 0).all(1)
     below = 2 * torch.linalg.matrix_norm(t) + 1
     values, u = torch.linalg.eigh(t - torch.diag(torch.where(lost, below, 0.0)))
-    values, c = values.flip(0)[:b], u.flip(1)[:, :b].mT @ whiten
+    values, turn = values.flip(0)[:b], u.flip(1)[:, :b].mT
 
-    d = torch.cat([torch.zeros_like(c[:, :b]), c[:, b:]], dim=1)
+    c = turn @ whiten
+    moves = torch.cat([torch.zeros_like(c[:, :b]), c[:, b:]], dim=1)
+    d = moves @ overlap @ whiten.mT  # in the orthonormal coordinates, as `turn` is
     for _ in range(2):
-        d = d - (d @ overlap @ c.mT) @ c
-        lengths = torch.sqrt(((d @ overlap) * d).sum(1).clamp_min(0.0))
-        d = torch.where((lengths > 10 * eps)[:, None], d, 0.0)
-        d = span.whitening(d @ overlap @ d.mT, eps) @ d
+        d = d - d @ turn.mT @ turn
+        d = torch.where((torch.linalg.vector_norm(d, dim=1) > 10 * eps)[:, None], d, 0.0)
+        d = span.whitening(d @ d.mT, eps) @ d
+    d = d @ whiten
 
     vectors, moved = tree.combine(c, basis), tree.combine(c, images)
     return state._replace(

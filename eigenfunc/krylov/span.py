@@ -69,7 +69,7 @@ def outside(block: Tree, known: Tree) -> Tree:
     block = unit(block)
     for _ in range(2):
         block = basis.subtract(block, tree.gram(known, block), known)
-        block = unit(block, 10 * eps(block))
+        block = unit(block, 100 * eps(block))
         block = tree.combine(whitening(tree.exact_gram(block, block), eps(block)), block)
     return block
 
