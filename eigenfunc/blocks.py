@@ -1,21 +1,26 @@
-"""What the block solvers share: their start block, and the look at a state that says when to stop."""
+"""What the block solvers share: their start block, the loop, and the look at a state that says when to stop."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from eigenfunc import tree
 from eigenfunc.certificate import Products, non_finite, start_vector, whole
+from eigenfunc.endgame import Probe, Proof, prove
 from eigenfunc.errors import InputError, NonFiniteError
 from eigenfunc.krylov import basis, span
 from eigenfunc.krylov.lobpcg import LobpcgState
 from eigenfunc.krylov.subspace import SubspaceState
-from eigenfunc.thick_restart import Run
+from eigenfunc.thick_restart import ROUNDS, Run
 from eigenfunc.tree import Tree
+
+S = TypeVar("S", SubspaceState, LobpcgState)
 
 
 def sized(block_size: int | None, k: int, guards: int, n: int) -> int:
@@ -25,10 +30,18 @@ def sized(block_size: int | None, k: int, guards: int, n: int) -> int:
 
 def start_block(v0: Tree | None, size: int, products: Products, generator: torch.Generator) -> Tensor:
     """Orthonormal rows (size, n): those of `v0`, one vector or a stack of them, and random ones for what it lacks."""
-    block = _given(v0, size, products, generator)
+    return _filled(_given(v0, size, products, generator), size, products, generator)
+
+
+def _filled(block: Tensor, size: int, products: Products, generator: torch.Generator) -> Tensor:
     while len(block) < size:
         block = torch.cat([block, basis.orthogonal_to(products.random(generator), block)])
     return block
+
+
+def _independent(rows: Tensor) -> Tensor:
+    block: Tensor = span.orthonormal(rows)
+    return block[tree.norms(block) > 0]
 
 
 def _given(v0: Tree | None, size: int, products: Products, generator: torch.Generator) -> Tensor:
@@ -43,8 +56,37 @@ def _given(v0: Tree | None, size: int, products: Products, generator: torch.Gene
     for i, largest in enumerate(flat.abs().amax(1).tolist()):
         if largest == 0 or not math.isfinite(largest):
             raise InputError(f"v0: vector {i} " + ("is zero" if largest == 0 else "holds NaN or infinity"))
-    block: Tensor = span.orthonormal(flat / flat.abs().amax(1, keepdim=True))
-    return block[tree.norms(block) > 0]
+    return _independent(flat / flat.abs().amax(1, keepdim=True))
+
+
+def drive(
+    run: Run,
+    start: Tensor,
+    init: Callable[[Tensor], S],
+    advance: Callable[[S], S],
+    max_steps: int,
+    bar: Any,
+    probe: Probe | None = None,
+) -> tuple[Proof, int]:
+    """Step until the k leading pairs of the block are settled and proved, going on from what a failed proof found.
+
+    The state is read after every step on the CPU and after every eighth elsewhere. Returns the last proof, and the
+    number of proofs tried.
+    """
+    k, size = run.plan.k, len(start)
+    every = 1 if run.products.device.type == "cpu" else 8
+    state, rounds = init(start), 0
+    for step in itertools.count(1):
+        last = step == max_steps
+        if (last or step % every == 0) and (settled(run, state, bar) or last):
+            proof = prove(run, state.vectors[:k], probe)
+            rounds += 1
+            if proof.complete or last or rounds == ROUNDS:
+                break
+            rows = _independent(torch.cat([proof.vectors, state.vectors])[:size])
+            state = init(_filled(rows, size, run.products, run.generator))
+        state = advance(state)
+    return proof, rounds
 
 
 def look(run: Run, state: SubspaceState | LobpcgState) -> tuple[Tensor, Tensor]:

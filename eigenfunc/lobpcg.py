@@ -16,8 +16,9 @@ from eigenfunc.errors import InputError
 from eigenfunc.krylov import basis, lobpcg as kernel
 from eigenfunc.operator import MatVec, aslinearoperator
 from eigenfunc.solution import Solution
-from eigenfunc.thick_restart import CAUTION, PROBE, ROUNDS, Run, plan_for
+from eigenfunc.thick_restart import CAUTION, PROBE, Run, plan_for
 from eigenfunc.tree import Tree
+from eigenfunc.verdict import conclude
 
 
 def lobpcg(
@@ -75,31 +76,26 @@ def lobpcg(
         precondition = None if preconditioner is None else _mapped(preconditioner, products, generator)
         products.calibrate(generator)
         run = Run(plan, products, generator, None)
-        every = 1 if products.device.type == "cpu" else 8
-        state = kernel.init(start, matmat)
-        rounds = 0
-        for step in range(max_steps + 1):
-            last = step == max_steps
-            if last or (step % every == 0 and blocks.settled(run, state, bar)):
-                certified = endgame.certificate(run, kernel.extract(state, plan.k).vectors)
-                rounds += 1
-                if last or rounds == ROUNDS or bool((certified.residuals <= run.target(certified.values)).all()):
-                    break
-                state = kernel.init(state.vectors, matmat)
-            state = kernel.step(state, matmat, precondition, blocks.aims(run, state.values))
-        remedy = f"raise max_steps (now {max_steps}) or block_size (now {size}), precondition, or use eigsh"
+
+        def advance(state: kernel.LobpcgState) -> kernel.LobpcgState:
+            return kernel.step(state, matmat, precondition, blocks.aims(run, state.values))
+
         probe = None if precondition is None else partial(_probe, run, sign, matmat, precondition)
-        return endgame.finish(
-            run, certified, probe=probe, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw
+        proof, rounds = blocks.drive(run, start, lambda x: kernel.init(x, matmat), advance, max_steps, bar, probe)
+        remedy = f"raise max_steps (now {max_steps}) or block_size (now {size}), precondition, or use eigsh"
+        return conclude(
+            run, proof.certified, proof.passed, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw
         )
 
 
-def _probe(run: Run, sign: float, matmat: kernel.MatMat, precondition: kernel.MatMat, certified: Certified) -> Tensor:
+def _probe(
+    run: Run, sign: float, matmat: kernel.MatMat, precondition: kernel.MatMat, certified: Certified
+) -> tuple[Tensor, Tensor]:
     """Look for missed eigenvalues by LOBPCG with a random vector, orthogonal to all that was found.
 
-    At least eight steps, and on until the new value, with thrice its residual, stays behind, or is beyond for sure.
-    Returns (k,) whether neither a wanted value nor one before it may have another beyond it. An ill-conditioned matrix
-    asks for the preconditioner here as much as in the solving.
+    At least eight steps, and on until the new value, with thrice its residual, stays behind, or is beyond for sure. An
+    ill-conditioned matrix asks for the preconditioner here as much as in the solving. Returns (k,) whether neither a
+    wanted value nor one before it may have another beyond it, and the new vector before the old.
     """
     plan, products, found = run.plan, run.products, certified.vectors
 
@@ -113,18 +109,16 @@ def _probe(run: Run, sign: float, matmat: kernel.MatMat, precondition: kernel.Ma
 
     matmat, precondition = beyond(matmat), beyond(precondition)
     order = plan.reported(certified.values)
-    run.anorm = max(run.anorm, float(certified.values.abs().max()))
     edges = sign * certified.values[order] + certified.residuals[order].clamp_min(run.floor())
     state = kernel.init(basis.orthogonal_to(products.random(run.generator), found), matmat)
     for step in range(endgame.budget(run)):
         values, residuals = blocks.look(run, state)
         reach = values + CAUTION * residuals
         missed = (values - residuals > edges[-1]) & (residuals <= blocks.aims(run, values))
-        if step >= PROBE and bool((reach <= edges[-1]) | missed):
+        if step >= PROBE and bool((reach <= edges).all() | missed):
             break
         state = kernel.step(state, matmat, precondition)
-    passed: Tensor = (reach > edges).cumsum(0) == 0
-    return passed
+    return (reach > edges).cumsum(0) == 0, torch.cat([state.vectors, found[order.to(found.device)]])
 
 
 def _sparing(f: kernel.MatMat) -> kernel.MatMat:

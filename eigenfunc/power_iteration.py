@@ -20,6 +20,7 @@ from eigenfunc.operator import MatVec, aslinearoperator
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, plan_for
 from eigenfunc.tree import Tree
+from eigenfunc.verdict import conclude
 
 
 def power_iteration(
@@ -81,8 +82,10 @@ def power_iteration(
                 vector = _iterated(run, found, start, momentum, max_steps, bar)
             found = torch.cat([found, basis.orthogonal_to(vector, found)])
         remedy = f"raise max_steps (now {max_steps}), or use eigsh, which needs far fewer products"
-        certified = endgame.certificate(run, found)
-        return endgame.finish(run, certified, seed=seed, begun=begun, remedy=remedy, throw=throw)
+        proof = endgame.prove(run, found)
+        return conclude(
+            run, proof.certified, proof.passed, rounds=1, seed=seed, begun=begun, remedy=remedy, throw=throw
+        )
 
 
 def _iterated(run: Run, found: Tensor, start: Tensor, momentum: float, max_steps: int, bar: Any) -> Tensor:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from eigenfunc import blocks, endgame, scope
+from eigenfunc import blocks, scope
 from eigenfunc.certificate import Products, seeded, whole
 from eigenfunc.krylov import subspace as kernel
 from eigenfunc.operator import aslinearoperator
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, plan_for
 from eigenfunc.tree import Tree
+from eigenfunc.verdict import conclude
 
 
 def subspace_iteration(
@@ -60,12 +61,10 @@ def subspace_iteration(
     ):
         products.calibrate(generator)
         run = Run(plan, products, generator, None)
-        every = 1 if products.device.type == "cpu" else 8
-        state = kernel.init(start)
-        for step in range(1, max_steps + 1):
-            state = kernel.step(state, products)
-            if (step % every == 0 or step == max_steps) and blocks.settled(run, state, bar):
-                break
-        certified = endgame.certificate(run, kernel.extract(state, plan.k).vectors)
+        proof, rounds = blocks.drive(
+            run, start, lambda x: kernel.init(x, products), lambda state: kernel.step(state, products), max_steps, bar
+        )
         remedy = f"raise max_steps (now {max_steps}) or block_size (now {size}), or use eigsh"
-        return endgame.finish(run, certified, seed=seed, begun=begun, remedy=remedy, throw=throw)
+        return conclude(
+            run, proof.certified, proof.passed, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw
+        )

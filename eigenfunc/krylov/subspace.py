@@ -32,11 +32,11 @@ class SubspaceState(NamedTuple):
     finite: Tensor  # () bool: no product so far held NaN or infinity
 
 
-def init(block: Tree) -> SubspaceState:
-    """State for a start block (b, *leaf) of independent vectors."""
+def init(block: Tree, matmat: MatMat) -> SubspaceState:
+    """State for a start block (b, *leaf) of independent vectors, after the first step."""
     block = span.orthonormal(block)
     none = tree.norms(block) * 0
-    return SubspaceState(block, block, none, none, none.sum(), none.sum(), none.sum() == 0)
+    return step(SubspaceState(block, block, none, none, none.sum(), none.sum(), none.sum() == 0), matmat)
 
 
 def step(state: SubspaceState, matmat: MatMat) -> SubspaceState:
