@@ -34,15 +34,16 @@ def subspace_iteration(
 
     For warm starts from a block of old eigenvectors, and for comparison; `eigsh` needs far fewer products.
 
-    block_size  vectors b ≥ k that are multiplied together; the error of pair i falls by |λ_{b+1} / λ_i| a step.
-                Default 2k, at least k+2 and at most k+8; never more than n
+    block_size  vectors b ≥ k that are multiplied together; the error of pair i falls by |λ_{b+1} / λ_i| a step, so
+                that values of equal magnitude and both signs must all fit in. Default 2k, at least k+2 and at most
+                k+8; never more than n
     tol         stop when every ‖A v − λ v‖ ≤ max(tol·|λ|, noise)
     max_steps   products with the whole block
     v0          one start vector, shaped as `A.like`, or up to b of them as a stack (p, *leaf); the rest are random
     seed        of all random numbers; default: a fresh one, told in `stats.seed`
     throw       raise `NotConverged`, which carries the solution, unless every pair converged
 
-    Memory: about 5 b vectors. Verdict, residuals and completeness are as in `eigsh`: k fresh products, and a random
+    Memory: about 8 b vectors at the peak. Verdict, residuals and completeness are as in `eigsh`: k fresh products, and a random
     probe. Raises what `eigsh` raises.
 
     F. Bauer, Z. Angew. Math. Phys. 8 (1957); H. Rutishauser, Numer. Math. 13 (1969).

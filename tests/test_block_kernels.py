@@ -157,3 +157,15 @@ def test_a_residual_that_meets_its_target_costs_no_product() -> None:
 
     lobpcg_kernel.step(state, matmat, None, torch.full((3,), 1e-9).double())
     assert seen == [1]
+
+
+@pytest.mark.parametrize("kernel", [subspace_kernel, lobpcg_kernel])
+def test_a_step_is_traced_as_one_graph(kernel: Any) -> None:
+    A = symmetric(10, 0)
+
+    def step(state: Any) -> Any:
+        return kernel.step(state, lambda x: x @ A)
+
+    state = kernel.init(block(3, 10, 1), lambda x: x @ A)
+    traced = torch.compile(step, fullgraph=True, backend="eager")(state)
+    assert (traced.values - step(state).values).abs().max() < 1e-12

@@ -77,7 +77,7 @@ def step(
 def _ritz(state: LobpcgState, basis: Tree, images: Tree) -> LobpcgState:
     """Rayleigh–Ritz in the span of the rows of `basis`, the first b of which are the old vectors."""
     b = len(state.values)
-    eps = span.eps(basis)
+    eps = tree.coarsest_eps(basis)
     overlap, g = tree.exact_gram(basis, basis), tree.exact_gram(basis, images)
     whiten = span.whitening(overlap, eps)
     t = whiten @ ((g + g.mT) / 2) @ whiten.mT

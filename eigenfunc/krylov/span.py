@@ -60,7 +60,7 @@ def whitening(g: Tensor, eps: float) -> Tensor:
 def orthonormal(block: Tree) -> Tree:
     """Orthonormal rows (b, *leaf) with the span of `block`; those that it lacks in rank come first and are zero."""
     for _ in range(2):
-        block = tree.combine(whitening(tree.exact_gram(block, block), eps(block)), block)
+        block = tree.combine(whitening(tree.exact_gram(block, block), tree.coarsest_eps(block)), block)
     return block
 
 
@@ -69,8 +69,8 @@ def outside(block: Tree, known: Tree) -> Tree:
     block = unit(block)
     for _ in range(2):
         block = basis.subtract(block, tree.gram(known, block), known)
-        block = unit(block, 100 * eps(block))
-        block = tree.combine(whitening(tree.exact_gram(block, block), eps(block)), block)
+        block = unit(block, 100 * tree.coarsest_eps(block))
+        block = tree.combine(whitening(tree.exact_gram(block, block), tree.coarsest_eps(block)), block)
     return block
 
 
@@ -84,8 +84,3 @@ def completed(block: Tree, spare: Tree) -> Tree:
     _, u = torch.linalg.eigh(tree.exact_gram(rest, rest))
     lost = (tree.norms(block) == 0).to(u.dtype)
     return tree.add(block, weighted(lost, unit(tree.combine(u.flip(1).mT, rest))))
-
-
-def eps(block: Tree) -> float:
-    """The precision of the widest leaf, in which solvers keep all of them."""
-    return torch.finfo(tree.work_dtype(block)).eps
