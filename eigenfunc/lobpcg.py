@@ -49,9 +49,9 @@ def lobpcg(
     seed            of all random numbers; default: a fresh one, told in `stats.seed`
     throw           raise `NotConverged`, which carries the solution, unless every pair converged
 
-    Memory: about 20 b vectors at the peak, 4 b between steps. Verdict, residuals and completeness are as in `eigsh`: k fresh products, and a random
-    probe, preconditioned if the run is. Raises what `eigsh` raises, and `InputError` for a preconditioner that is seen
-    not to be positive definite.
+    Memory: about 20 b vectors at the peak, 4 b between steps. Verdict, residuals and completeness are as in `eigsh`: k
+    fresh products, and a random probe, preconditioned if the run is. Raises what `eigsh` raises, and `InputError` for a
+    preconditioner that is seen not to be positive definite.
 
     A. Knyazev, Toward the optimal preconditioned eigensolver, SIAM J. Sci. Comput. 23 (2001).
     """

@@ -43,8 +43,8 @@ def subspace_iteration(
     seed        of all random numbers; default: a fresh one, told in `stats.seed`
     throw       raise `NotConverged`, which carries the solution, unless every pair converged
 
-    Memory: about 8 b vectors at the peak. Verdict, residuals and completeness are as in `eigsh`: k fresh products, and a random
-    probe. Raises what `eigsh` raises.
+    Memory: about 8 b vectors at the peak. Verdict, residuals and completeness are as in `eigsh`: k fresh products, and
+    a random probe. Raises what `eigsh` raises.
 
     F. Bauer, Z. Angew. Math. Phys. 8 (1957); H. Rutishauser, Numer. Math. 13 (1969).
     """
