@@ -9,10 +9,12 @@ from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import EigenfuncError, NotConverged
 from eigenfunc.krylov.lanczos import Tridiagonal, lanczos
 from eigenfunc.krylov.power import power
+from eigenfunc.lobpcg import lobpcg
 from eigenfunc.objective import Objective, functional_loss
 from eigenfunc.operator import LinearOperator, aslinearoperator
 from eigenfunc.power_iteration import power_iteration
 from eigenfunc.solution import EigenPairs, Solution, Status
+from eigenfunc.subspace_iteration import subspace_iteration
 
 __all__ = [
     "Batches",
@@ -32,6 +34,8 @@ __all__ = [
     "hessian",
     "hvp",
     "lanczos",
+    "lobpcg",
     "power",
     "power_iteration",
+    "subspace_iteration",
 ]

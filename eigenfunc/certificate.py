@@ -189,4 +189,5 @@ def _given(v0: Tree, products: Products) -> Tensor:
         which = f" (vector {int(torch.argmax(bad.int()))})" if stacked else ""
         raise InputError(f"v0{which} is zero" if bool((largest == 0).any()) else f"v0{which} holds NaN or infinity")
     flat = flat / largest[:, None]
-    return torch.div(flat, torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=torch.float64)).to(flat.dtype)
+    unit: Tensor = flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=torch.float64)
+    return unit.to(flat.dtype)

@@ -1,7 +1,7 @@
 """Whether an eigenvalue was missed: a count of those beyond a point, with a stated chance of error.
 
-Let V be all vectors multiplied so far, A V = V T + Q C with the coming vectors Q. By Haynsworth's inertia theorem (Linear
-Algebra Appl. 1, 1968) A has as many eigenvalues above λ as T has, and as many more as
+Let V be all vectors multiplied so far, A V = V T + Q C with the coming vectors Q. By Haynsworth's inertia theorem
+(Linear Algebra Appl. 1, 1968) A has as many eigenvalues above λ as T has, and as many more as
 
     B(λ) = P (A − Q S(λ) Qᵀ) P − λ,    P = 1 − V Vᵀ,    S(λ) = C (T − λ)⁻¹ Cᵀ
 
@@ -28,8 +28,10 @@ from eigenfunc.krylov import basis
 from eigenfunc.plan import Plan, Side
 
 CHANCE = 1e-3  # of overlooking an eigenvalue, on each side
-PROBE = 8  # products after which a limit within the tolerance will do; also the chain's vectors that are held
-_TINY = 1e-290  # stands for the rounding of a matrix that is exactly zero
+PROBE = 8  # products after which a limit within the tolerance will do; the least number of vectors held
+_HELD = 2**22  # entries of the chain that are held in any case
+TINY = 1e-290  # stands for the rounding of a matrix that is exactly zero
+_STEPS = 8  # limits tried between the residual of the innermost wanted value and its tolerance
 CHAINS = 3  # random vectors whose evidence is put together before giving up
 
 
@@ -87,7 +89,7 @@ def search(
     """
     beyond, proven, direction = dict(UNKNOWN.beyond), True, None
     floor = products.floor(anorm)
-    slack = slack.clamp_min(_TINY)
+    slack = slack.clamp_min(TINY)
     former: list[Chain] = []
     for side in plan.sides():
         points = _points(plan, span, side, wanted, slack)
@@ -98,7 +100,7 @@ def search(
             chances = chances.minimum(old.chances(points.tests - max(apart, 0.0), side.sign))
         spent = products.matvecs
         fresh: list[Chain] = []
-        while not _enough(chances, PROBE) and len(fresh) < CHAINS and products.matvecs - spent < most:
+        while not _enough(chances, products.matvecs - spent) and len(fresh) < CHAINS and products.matvecs - spent < most:
             chain = Chain(products, span, bridge, anorm, generator)
             fresh.append(chain)
             before, latest = chances, []
@@ -107,8 +109,8 @@ def search(
                 chances = before * latest[-1].clamp_max(1.0)
                 missing = chain.outermost(side.sign) > float(points.tests[0]) + floor
                 known = chain.length >= PROBE or chain.residual(side.sign) <= float(slack[1, side.order[0]])
-                stuck = chain.length > 2 * PROBE and bool(latest[-1][1] > 0.8 * latest[-PROBE][1])
-                if known if missing else stuck or _enough(chances, chain.length):
+                stuck = chain.length > 2 * PROBE and bool(latest[-1][_STEPS - 1] > 0.8 * latest[-PROBE][_STEPS - 1])
+                if known if missing else stuck or _enough(chances, products.matvecs - spent):
                     break
                 if products.matvecs - spent >= most:
                     break
@@ -122,8 +124,8 @@ def search(
     return Finding(Limits(beyond, proven), direction)
 
 
-def _enough(chances: Tensor, length: int) -> bool:
-    return bool((chances[: 2 if length >= PROBE else 1] <= CHANCE).any())
+def _enough(chances: Tensor, spent: int) -> bool:
+    return bool((chances[: _STEPS if spent >= PROBE else 1] <= CHANCE).any())
 
 
 def _limit(chances: Tensor, claims: Tensor) -> float:
@@ -139,13 +141,16 @@ def _points(plan: Plan, span: Span, side: Side, wanted: Tensor, slack: Tensor) -
     options = values[0] + strict[0] + torch.linspace(0, 1, 9, dtype=values.dtype) * (loose[0] - strict[0]).clamp_min(0)
     away = ((options[:, None] - values) / strict).abs().amin(1)
     first = options[int(torch.argmax((away >= 0.5).int()))] if bool((away >= 0.5).any()) else options[away.argmax()]
-    near = torch.stack([first, torch.maximum(values[0] + loose[0], first)])
+    reach = (first - values[0]).clamp_min(strict[0])
+    widths = torch.logspace(0, 1, _STEPS, dtype=values.dtype, base=float((loose[0] / reach).clamp_min(1.0)))
+    near = values[0] + reach * widths
     far = (values + strict)[1:].clamp_min(float(first))
     return Points(torch.cat([near, far]), torch.cat([near, far + strict[1:]]))
 
 
 class Chain:
-    """Lanczos on B(λ) from a random vector, three vectors at a time; the first few are held for a Ritz vector."""
+    """Lanczos on B(λ) from a random vector. It needs three vectors at a time; more are held, to be orthogonal to them
+    and for a Ritz vector: the first few, or all where that costs nothing."""
 
     def __init__(
         self,
@@ -162,7 +167,8 @@ class Chain:
         self.least = 10 * products.eps * anorm
         self.start = basis.orthogonal_to(products.random(generator), span.vectors)
         self.size = products.size - len(span.theta)
-        self.held: list[Tensor] = []
+        self.held = self.start[:0]
+        self.room = max(PROBE, _HELD // products.size)
         self.alphas: list[float] = []
         self.betas: list[float] = []
 
@@ -177,15 +183,16 @@ class Chain:
             w = w - beta * previous
             alpha = float(tree.dot(q, w))
             w = w - alpha * q
+            w = basis.subtract(w, tree.gram(self.held, w), self.held)
             beta = float(tree.norm(w))
             if not math.isfinite(alpha + beta):
                 raise NonFiniteError(non_finite(self.products.matvecs))
-            if self.length < PROBE:
-                self.held.append(q)
+            if self.length < self.room:
+                self.held = torch.cat([self.held, q])
             self.alphas.append(alpha)
             self.betas.append(beta if beta > self.least else 0.0)
             yield
-            if self.betas[-1] == 0.0 or self.length == self.size:
+            if self.betas[-1] == 0.0:
                 return
             previous, q = q, w / beta
 
@@ -193,7 +200,8 @@ class Chain:
         v, coming = self.span.vectors, self.span.coming
         image = self.products(q)
         image = basis.subtract(image, tree.gram(v, image), v)
-        return basis.subtract(image, self.bridge.to(image.device) @ tree.gram(coming, q), coming)
+        rest: Tensor = basis.subtract(image, self.bridge.to(image.device) @ tree.gram(coming, q), coming)
+        return rest
 
     def _projected(self, length: int) -> tuple[Tensor, Tensor]:
         off = torch.tensor(self.betas[: length - 1], dtype=torch.float64)
@@ -212,9 +220,7 @@ class Chain:
     def ritz_vector(self, sign: int) -> Tensor:
         values, vectors = self._projected(len(self.held))
         weights = vectors[:, int(torch.argmax(sign * values))]
-        total = torch.zeros_like(self.start)
-        for weight, q in zip(weights.tolist(), self.held, strict=True):
-            total += weight * q
+        total: Tensor = tree.combine(weights[None].to(self.held.device), self.held)
         return total
 
     def chances(self, points: Tensor, sign: int) -> Tensor:

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from eigenfunc import scope
 from eigenfunc.certificate import Products, seeded, start_block
 from eigenfunc.operator import aslinearoperator
-from eigenfunc.solution import Solution
 from eigenfunc.plan import plan_for
+from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
 from eigenfunc.tree import Tree
 from eigenfunc.verdict import conclude

@@ -11,7 +11,6 @@ from torch import Tensor
 from eigenfunc.certificate import whole
 from eigenfunc.errors import InputError
 
-
 SMALL = 400  # sizes at which a basis of the whole space costs nothing
 
 

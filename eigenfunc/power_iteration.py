@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import scope
-from eigenfunc.certificate import Products, certify, seeded, start_block, whole
-from eigenfunc.errors import InputError
+from eigenfunc import endgame, scope
+from eigenfunc.certificate import Products, non_finite, seeded, start_block, whole
+from eigenfunc.errors import InputError, NonFiniteError
 from eigenfunc.krylov import basis, power
 from eigenfunc.operator import MatVec, aslinearoperator
-from eigenfunc.solution import Solution
 from eigenfunc.plan import plan_for
-from eigenfunc.thick_restart import Run, probed
+from eigenfunc.solution import Solution
+from eigenfunc.thick_restart import Run
 from eigenfunc.tree import Tree
 from eigenfunc.verdict import conclude
 
@@ -81,9 +82,11 @@ def power_iteration(
             else:
                 vector = _iterated(run, found, start, momentum, max_steps, bar)
             found = torch.cat([found, basis.orthogonal_to(vector, found)])
-        certified, limits = probed(run, found)
         remedy = f"raise max_steps (now {max_steps}), or use eigsh, which needs far fewer products"
-        return conclude(run, certified, limits, rounds=1, seed=seed, begun=begun, remedy=remedy, throw=throw)
+        proof = endgame.prove(run, found)
+        return conclude(
+            run, proof.certified, proof.limits, rounds=1, seed=seed, begun=begun, remedy=remedy, throw=throw
+        )
 
 
 def _iterated(run: Run, found: Tensor, start: Tensor, momentum: float, max_steps: int, bar: Any) -> Tensor:
@@ -99,6 +102,8 @@ def _iterated(run: Run, found: Tensor, start: Tensor, momentum: float, max_steps
         bar.update(1)
         if step % every == 0 or step == max_steps:
             value, residual = torch.stack([state.value, state.residual]).tolist()
+            if not math.isfinite(residual):
+                raise NonFiniteError(non_finite(products.matvecs))
             run.anorm = max(run.anorm, abs(value) + residual)
             if residual <= max(0.9 * run.plan.tol * abs(value), run.floor()):
                 break

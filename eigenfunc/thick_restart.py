@@ -24,7 +24,8 @@ class Ritz(NamedTuple):
     @property
     def estimates(self) -> Tensor:
         """(j,) residual norms by the recurrence: a reason to stop, never a certificate."""
-        return torch.linalg.vector_norm(self.coupling, dim=0)
+        lengths: Tensor = torch.linalg.vector_norm(self.coupling, dim=0)
+        return lengths
 
 
 class Run:
@@ -80,7 +81,7 @@ class Run:
 
     def room(self, theta: Tensor) -> Tensor:
         """How far beyond a wanted value a further one does no harm; bounds are widened by what cannot be excluded."""
-        return (self.plan.tol * theta.abs()).clamp_min(16 * self.floor())
+        return (self.plan.tol * theta.abs()).clamp_min(max(16 * self.floor(), completeness.TINY))
 
     def advance(self) -> None:
         count = self.batch
@@ -210,13 +211,6 @@ class Run:
         """Take certified pairs, found in whatever way, and the directions of their residuals as the basis."""
         self._begin(certified.vectors, certified.images, 2 * self.plan.k)
         return self.look()
-
-
-def probed(run: Run, x: Tensor) -> tuple[Certified, completeness.Limits]:
-    """Certify the span of x (k, n), found in whatever way, and look for what it misses."""
-    certified = run.certified(x)
-    ritz = run.adopt(certified)
-    return certified, completeness.ALL if run.j == run.plan.n else run.probe(ritz).limits
 
 
 def search(run: Run) -> tuple[Certified, completeness.Limits, int]:

@@ -42,7 +42,7 @@ def _always(large: Tensor) -> bool:
 
 
 def init(q: Tree, product: Tree, num_rows: int) -> State:
-    """State whose first coming rows are the orthonormal q (b, *leaf); `product`, their image, lends dtype and batching."""
+    """State whose first coming rows are the orthonormal q (b, *leaf); their image only lends dtype and batching."""
     like = tree.add(q, product)
     basis = vectors.write(vectors.allocate(like, num_rows), 0, q)
     g = tree.gram(like, like)
