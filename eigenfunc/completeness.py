@@ -100,7 +100,9 @@ def search(
             chances = chances.minimum(old.chances(points.tests - max(apart, 0.0), side.sign))
         spent = products.matvecs
         fresh: list[Chain] = []
-        while not _enough(chances, products.matvecs - spent) and len(fresh) < CHAINS and products.matvecs - spent < most:
+        while (
+            not _enough(chances, products.matvecs - spent) and len(fresh) < CHAINS and products.matvecs - spent < most
+        ):
             chain = Chain(products, span, bridge, anorm, generator)
             fresh.append(chain)
             before, latest = chances, []
@@ -179,29 +181,31 @@ class Chain:
     def __iter__(self) -> Iterator[None]:
         q, previous, beta = self.start, torch.zeros_like(self.start), 0.0
         while True:
-            w = self._product(q)
+            w = self.products(q)
+            w = basis.subtract(w, self.bridge.to(w.device) @ tree.gram(self.span.coming, q), self.span.coming)
             w = w - beta * previous
             alpha = float(tree.dot(q, w))
-            w = w - alpha * q
-            w = basis.subtract(w, tree.gram(self.held, w), self.held)
-            beta = float(tree.norm(w))
+            w = self._outside(w - alpha * q)
+            length, beta = math.hypot(alpha, beta), float(tree.norm(w))
+            if beta < 0.1 * length:
+                w = self._outside(w)
+                beta = float(tree.norm(w))
             if not math.isfinite(alpha + beta):
                 raise NonFiniteError(non_finite(self.products.matvecs))
             if self.length < self.room:
                 self.held = torch.cat([self.held, q])
             self.alphas.append(alpha)
-            self.betas.append(beta if beta > self.least else 0.0)
+            self.betas.append(beta if beta > self.least and self.length < self.size else 0.0)
             yield
             if self.betas[-1] == 0.0:
                 return
             previous, q = q, w / beta
 
-    def _product(self, q: Tensor) -> Tensor:
-        v, coming = self.span.vectors, self.span.coming
-        image = self.products(q)
-        image = basis.subtract(image, tree.gram(v, image), v)
-        rest: Tensor = basis.subtract(image, self.bridge.to(image.device) @ tree.gram(coming, q), coming)
-        return rest
+    def _outside(self, w: Tensor) -> Tensor:
+        """w less its parts in V and in the held vectors: last of all, or what is left of them would grow."""
+        for rows in (self.span.vectors, self.held):
+            w = basis.subtract(w, tree.gram(rows, w), rows)
+        return w
 
     def _projected(self, length: int) -> tuple[Tensor, Tensor]:
         off = torch.tensor(self.betas[: length - 1], dtype=torch.float64)

@@ -240,7 +240,6 @@ BAD: dict[str, dict[str, Any]] = {
     "v0 zero": {"v0": torch.zeros(8).double()},
     "v0 with a zero row": {"v0": torch.eye(2, 8).double() * torch.tensor([[1.0], [0.0]])},
     "v0 nan": {"v0": torch.full((1, 8), float("nan")).double()},
-    "v0 too many": {"v0": torch.eye(8).double(), "k": 2, "block_size": 3},
     "v0 of another length": {"v0": torch.ones(2, 7).double()},
     "v0 of another dtype": {"v0": torch.ones(2, 8)},
     "v0 of another structure": {"v0": {"w": torch.ones(8).double()}},
