@@ -191,6 +191,27 @@ def lobpcg(case: Case) -> list[Solver]:
     return [with_guards(guards) for guards in (0, max(3, case.k // 5))] if case.which == "LA" else []
 
 
+def unbounded(case: Case, limit: float) -> int:
+    """Steps of fully reorthogonalised Lanczos with an unbounded basis until the k wanted residuals are at most `limit`:
+    hardly beaten by any method without a preconditioner from this start vector."""
+    basis = torch.from_numpy(case.start / np.linalg.norm(case.start))[None]
+    matrix = torch.from_numpy(case.matrix)
+    t = torch.zeros(0, 0, dtype=torch.float64)
+    while True:
+        image = matrix * basis[-1]
+        column = basis @ image
+        for _ in range(2):
+            image = image - (basis @ image) @ basis
+        t = torch.block_diag(t, column[-1:, None])
+        t[-1, :-1] = t[:-1, -1] = column[:-1]
+        length = torch.linalg.vector_norm(image)
+        _, s = torch.linalg.eigh(t)
+        ends = s[-1, -case.k :] if case.which == "LA" else s[-1, : case.k]
+        if len(t) > case.k and bool((length * ends.abs() <= limit).all()):
+            return len(t)
+        basis = torch.cat([basis, (image / length)[None]])
+
+
 def products(found: Found | None) -> float:
     """How many it took; infinite for what is not right."""
     return math.inf if found is None else found.products

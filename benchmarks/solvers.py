@@ -21,16 +21,17 @@ import scipy
 import torch
 from tqdm import tqdm
 
-from benchmarks.peers import Case, Found, arpack, fewest, judged, lobpcg, our_solver, primme, products
+from benchmarks.peers import Case, Found, arpack, fewest, judged, lobpcg, our_solver, primme, products, unbounded
 from benchmarks.spectra import SPECTRA, hess
 
 TOLERANCES = (1e-4, 1e-6, 1e-8)
 SIZES = {"LA": (1, 10, 20, 50), "SA": (1, 5)}
 PEERS = {"ARPACK": arpack, "PRIMME": primme, "torch.lobpcg": lobpcg}
 
-# The fewest products that any of ten methods took on `hess`, n = 1e5, until the largest residual was tol·λ_max:
-# Lanczos with an unbounded basis, thick restarts, block thick restarts, ARPACK, GD+k, LOBPCG, Chebyshev and power
-# iteration. SA was best with a basis of 120.
+# The fewest products that any of ten methods took in an earlier study of spectra such as `hess`, until the largest
+# residual was tol·λ_max: Lanczos with an unbounded basis, thick restarts, block thick restarts, ARPACK, GD+k, LOBPCG,
+# Chebyshev and power iteration. SA was best with a basis of 120; there the count depends on how dense the edge is, so
+# that of unbounded Lanczos on the spectrum at hand is the fairer measure.
 BEST = {
     ("LA", 1): (7, 9, 11),
     ("LA", 10): (29, 34, 38),
@@ -106,19 +107,20 @@ def least(case: Case, tol: float, basis_size: int | None = None) -> int:
 
 
 def against_best(n: int, progress: Callable[[], object]) -> str:
-    lines = ["| end | k | tol (of λ_max) | best known | eigsh, solving | ratio |", "|---|---|---|---|---|---|"]
+    heads = ["end", "k", "tol (of λ_max)", "basis", "best known", "unbounded Lanczos here", "eigsh, solving", "ratios"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     ratios = []
     for (which, k), bests in BEST.items():
         case = Case(hess(n), k, which)
+        bases = (case.basis_size,) if which == "LA" else (case.basis_size, _BEST_SA_BASIS)
         for tol, best in zip(TOLERANCES, bests, strict=True):
-            taken = least(case, tol)
-            ratio = f"{taken / best:.2f}"
-            if which == "LA":
-                ratios.append(taken / best)
-            else:
-                more = least(case, tol, _BEST_SA_BASIS)
-                ratio += f" (basis {case.basis_size}); {more}, {more / best:.2f} (basis {_BEST_SA_BASIS})"
-            lines.append(f"| {which} | {k} | {tol:.0e} | {best} | {taken} | {ratio} |")
+            floor = unbounded(case, tol * float(case.spectrum.abs().max()))
+            for basis_size in bases:
+                taken = least(case, tol, basis_size)
+                cells = [which, k, f"{tol:.0e}", basis_size, best, floor, taken]
+                lines.append(f"| {' | '.join(map(str, cells))} | {taken / best:.2f}, {taken / floor:.2f} |")
+                if which == "LA":
+                    ratios.append(taken / best)
             progress()
     middle, worst = statistics.median(ratios), max(ratios)
     return "\n".join([*lines, "", f"- LA on hess over the best known: median {middle:.2f}, worst {worst:.2f}"])
