@@ -98,6 +98,7 @@ def start_vector(p: Problem) -> Tensor:
 
 
 def flat(blocks: Sequence[Tensor], k: int) -> Tensor:
+    """A stack in blocks as a matrix (k, n)."""
     return torch.cat([x.detach().reshape(k, -1) for x in blocks], dim=1)
 
 
@@ -106,7 +107,7 @@ def _eigenfunc(p: Problem, k: int, tol: float) -> Answer:
     A, seconds = timed(hessian(*functional_loss(p.model, p.criterion), p.batch))
     set_up = time.perf_counter() - begun
     named = dict(p.model.named_parameters())
-    pieces = start_vector(p).split([x.numel() for x in named.values()])
+    pieces = torch.split(start_vector(p), [x.numel() for x in named.values()])
     v0 = {name: piece.view_as(x) for (name, x), piece in zip(named.items(), pieces, strict=True)}
     begun = time.perf_counter()
     solution = eigsh(A, k, which="LM", tol=tol, v0=v0, seed=_SEED)
@@ -153,7 +154,8 @@ def _curvlinops_settings(projected: Projected, k: int, tol: float) -> Iterator[S
 def _pyhessian(p: Problem, k: int, tol: float, steps: int, patience: float) -> Answer:
     library = importlib.import_module("pyhessian")
     module = importlib.import_module("pyhessian.hessian")
-    product, count = module.hessian_vector_product, []
+    product = module.hessian_vector_product
+    count: list[None] = []
     stop = time.perf_counter() + patience
 
     def watched(*args: Any) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.spectra import diagonal
 from eigenfunc import eigsh
+from eigenfunc.thick_restart import plan_for
 
 Array = np.ndarray[Any, Any]
 _SEED = 0
@@ -35,12 +36,12 @@ class Case:
 
     spectrum: Tensor
     k: int
-    which: str
+    which: Literal["LA", "SA"]
 
     @cached_property
     def matrix(self) -> Array:
         """The diagonal, in random order."""
-        return diagonal(self.spectrum)(torch.ones_like(self.spectrum)).numpy()
+        return np.asarray(diagonal(self.spectrum)(torch.ones_like(self.spectrum)))
 
     @cached_property
     def start(self) -> Array:
@@ -53,13 +54,13 @@ class Case:
     @property
     def basis_size(self) -> int:
         """What `eigsh` keeps by default, offered to the others too."""
-        return max(2 * self.k + 10, self.k + 20) if self.which == "LA" else min(max(4 * self.k + 20, 60), 120)
+        return plan_for(self.k, self.which, 0.1, len(self.spectrum), None, None).basis_size
 
     def residuals(self, found: Found) -> Array:
         """‖A x − θ x‖ over |λ|, of unit x."""
         x = found.vectors / np.linalg.norm(found.vectors, axis=0)
         image = self.matrix[:, None] * x
-        return np.linalg.norm(image - x * found.values, axis=0) / np.abs(self.wanted)
+        return np.asarray(np.linalg.norm(image - x * found.values, axis=0) / np.abs(self.wanted))
 
     def missed(self, found: Found, tol: float) -> bool:
         return bool((np.abs(found.values - self.wanted) > tol * np.abs(self.wanted)).any())
@@ -120,8 +121,8 @@ def arpack(case: Case) -> list[Solver]:
     def with_basis(ncv: int) -> Solver:
         def solve(case: Case, tol: float) -> Found:
             A = _Counted(case)
-            pairs = linalg.eigsh(A, k=case.k, which=case.which, ncv=ncv, tol=tol, v0=case.start)
-            return _outermost_first(case, *pairs, A.products)
+            values, vectors = linalg.eigsh(A, k=case.k, which=case.which, ncv=ncv, tol=tol, v0=case.start)
+            return _outermost_first(case, values, vectors, A.products)
 
         return solve
 
@@ -202,8 +203,8 @@ def unbounded(case: Case, limit: float) -> int:
         column = basis @ image
         for _ in range(2):
             image = image - (basis @ image) @ basis
-        t = torch.block_diag(t, column[-1:, None])
-        t[-1, :-1] = t[:-1, -1] = column[:-1]
+        t = torch.nn.functional.pad(t, (0, 1, 0, 1))
+        t[-1] = t[:, -1] = column
         length = torch.linalg.vector_norm(image)
         _, s = torch.linalg.eigh(t)
         ends = s[-1, -case.k :] if case.which == "LA" else s[-1, : case.k]

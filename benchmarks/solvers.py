@@ -15,7 +15,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import scipy
 import torch
@@ -25,14 +25,14 @@ from benchmarks.peers import Case, Found, arpack, fewest, judged, lobpcg, our_so
 from benchmarks.spectra import SPECTRA, hess
 
 TOLERANCES = (1e-4, 1e-6, 1e-8)
-SIZES = {"LA": (1, 10, 20, 50), "SA": (1, 5)}
+SIZES: dict[Literal["LA", "SA"], tuple[int, ...]] = {"LA": (1, 10, 20, 50), "SA": (1, 5)}
 PEERS = {"ARPACK": arpack, "PRIMME": primme, "torch.lobpcg": lobpcg}
 
 # The fewest products that any of ten methods took in an earlier study of spectra such as `hess`, until the largest
 # residual was tol·λ_max: Lanczos with an unbounded basis, thick restarts, block thick restarts, ARPACK, GD+k, LOBPCG,
 # Chebyshev and power iteration. SA was best with a basis of 120; there the count depends on how dense the edge is, so
 # that of unbounded Lanczos on the spectrum at hand is the fairer measure.
-BEST = {
+BEST: dict[tuple[Literal["LA", "SA"], int], tuple[int, int, int]] = {
     ("LA", 1): (7, 9, 11),
     ("LA", 10): (29, 34, 38),
     ("LA", 20): (56, 62, 68),
