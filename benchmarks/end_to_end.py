@@ -130,7 +130,8 @@ class Bench:
             try:
                 return run(self.p, name, self.k, outcome, settings)
             except TimeoutError as error:
-                outcome.wrong = str(error)
+                told = outcome.residual is not None
+                outcome.wrong = f"{outcome.wrong}; stricter settings: {error}" if told else str(error)
                 return None
             except Exception as error:
                 message = str(error).strip().partition("\n")[0]
