@@ -31,10 +31,10 @@ from tqdm import tqdm
 from benchmarks.libraries import LIBRARIES, OURS, Answer, Projected, Settings, start_vector
 from benchmarks.models import Problem, loss_of, math_attention, problem
 from benchmarks.products import machine
-from eigenfunc import lanczos
+from eigenfunc.krylov import lanczos as kernel
 
 NAMES = ("MLP", "ResNet", "ResNet, eval mode, batch 8", "GPT")
-_STEPS = 100  # of the Lanczos run that other libraries' settings are read from
+_STEPS = 300  # at most, of the Lanczos run that other libraries' settings are read from
 
 
 @dataclasses.dataclass
@@ -81,10 +81,18 @@ class Truth:
         return worst, float((vectors @ vectors.mT - torch.eye(len(vectors))).abs().max())
 
 
-def project(p: Problem) -> Projected:
-    found = lanczos(Truth(p, torch.float32), start_vector(p), _STEPS)
-    off = found.betas[:-1]
-    return Projected(torch.diag(found.alphas) + torch.diag(off, 1) + torch.diag(off, -1), float(found.betas[-1]))
+def project(p: Problem, k: int, tol: float) -> Projected:
+    """Lanczos from the common start vector, until the k pairs are right to a thirtieth of `tol`."""
+    product = Truth(p, torch.float32)
+    q = start_vector(p)[None]
+    q = q / torch.linalg.vector_norm(q)
+    state = kernel.init(q, q, _STEPS + 1)
+    for j in range(_STEPS):
+        state = kernel.step(state, lambda row: product(row[0])[None], j)
+        seen = Projected(state.t[: j + 1, : j + 1], float(state.t[j + 1, j]))
+        if j > 2 * k and seen.settled(k, tol / 30):
+            break
+    return seen
 
 
 def fresh(p: Problem) -> Problem:
@@ -103,7 +111,7 @@ def run(p: Problem, name: str, k: int, outcome: Outcome, settings: Settings) -> 
 class Bench:
     def __init__(self, p: Problem, k: int, tol: float, patience: float) -> None:
         self.p, self.k, self.tol, self.patience = p, k, tol, patience
-        self.projected = project(p)
+        self.projected = project(p, k, tol)
         self.exact = Truth(p, torch.float64)
         self.outcomes: dict[str, Outcome] = {}
 

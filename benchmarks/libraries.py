@@ -39,13 +39,13 @@ class Library(NamedTuple):
 
 @dataclass(frozen=True)
 class Projected:
-    """The matrix as `steps` of Lanczos from the common start vector see it: T, and the coupling to what follows.
+    """The matrix as Lanczos sees it from the common start vector: T, and the coupling to what follows.
 
     From that vector every Krylov method does in these coordinates just what it does with the matrix, as long as it
     forms no more products: so the best settings of the other libraries are found here, at no cost.
     """
 
-    t: Tensor  # (steps, steps) float64
+    t: Tensor  # (steps, steps) float64, tridiagonal up to rounding
     coupling: float
 
     def top(self, t: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -56,6 +56,10 @@ class Projected:
 
     def values(self, k: int) -> Tensor:
         return self.top(self.t, k)[0]
+
+    def settled(self, k: int, tol: float) -> bool:
+        values, last = self.top(self.t, k)
+        return bool((self.coupling * last.abs() <= tol * values.abs()).all())
 
     def steps(self, k: int, tol: float) -> int:
         """The least number of Lanczos steps after which the k pairs have residuals ≤ tol·|λ| and none is missed."""
