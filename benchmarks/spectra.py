@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,8 +12,26 @@ from eigenfunc import LinearOperator, aslinearoperator
 
 
 def hess(n: int) -> Tensor:
-    """Outliers 1, 1/2, 1/3, … down to a Marchenko–Pastur bulk below 0.008, and a negative edge at −0.03."""
-    outliers = 1 / torch.arange(1, 126, dtype=torch.float64)
+    """Outliers 1, 1/2, 1/3, … above the bulk and the negative edge."""
+    return _above_bulk(1 / torch.arange(1, 126, dtype=torch.float64), n)
+
+
+def slow(n: int) -> Tensor:
+    """Outliers that fall as slowly as i^(−1/2), down to 0.09."""
+    return _above_bulk(torch.arange(1, 126, dtype=torch.float64) ** -0.5, n)
+
+
+def cluster(n: int) -> Tensor:
+    """Groups of five outliers a thousandth apart, at 1, 1/2, 1/3, … down to 1/25."""
+    centres = 1 / torch.arange(1, 26, dtype=torch.float64)
+    return _above_bulk((centres[:, None] * (1 - 1e-3 * torch.arange(5, dtype=torch.float64))).flatten(), n)
+
+
+SPECTRA: dict[str, Callable[[int], Tensor]] = {"hess": hess, "slow": slow, "cluster": cluster}
+
+
+def _above_bulk(outliers: Tensor, n: int) -> Tensor:
+    """n values: outliers, a Marchenko–Pastur bulk below 0.008, and a negative edge at −0.03."""
     edge = -0.03 * torch.linspace(0, 1, n // 20, dtype=torch.float64) ** 2
     count = n - len(outliers) - len(edge)
     low, high = (1 - math.sqrt(0.5)) ** 2, (1 + math.sqrt(0.5)) ** 2

@@ -152,7 +152,7 @@ def seeded(seed: int | None) -> tuple[torch.Generator, int]:
 def start_block(v0: Tree | None, block_size: int, products: Products, generator: torch.Generator) -> Tensor:
     """Orthonormal start vectors (block_size, n): sums of those given, random ones where there are too few.
 
-    The i-th given vector joins row i modulo the block size, so that a single start vector has a share in all of them.
+    The i-th given vector joins row i modulo the block size.
     """
     if v0 is None:
         given = torch.empty(0, products.size, dtype=products.dtype, device=products.device)
@@ -167,7 +167,8 @@ def start_block(v0: Tree | None, block_size: int, products: Products, generator:
     q, _, alive = basis.independent(torch.cat(rows), floors)
     for i in torch.nonzero(alive == 0).flatten().tolist():
         q[i : i + 1] = basis.orthogonal_to(products.random(generator), q)
-    return q
+    block: Tensor = q
+    return block
 
 
 def _given(v0: Tree, products: Products) -> Tensor:

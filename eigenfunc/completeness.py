@@ -88,51 +88,70 @@ def search(
     and at most (its tolerance).
     """
     beyond, proven, direction = dict(UNKNOWN.beyond), True, None
-    floor = products.floor(anorm)
     slack = slack.clamp_min(TINY)
-    former: list[Chain] = []
+    chains: list[Chain] = []
     for side in plan.sides():
         points = _points(plan, span, side, wanted, slack)
         bridge = span.bridge(side.sign * float(points.tests[0]))
-        chances = torch.ones_like(points.tests)
-        for old in former:
-            apart = float(torch.linalg.eigvalsh(side.sign * (old.bridge - bridge))[-1]) if len(bridge) else 0.0
-            chances = chances.minimum(old.chances(points.tests - max(apart, 0.0), side.sign))
-        spent = products.matvecs
-        fresh: list[Chain] = []
-        while (
-            not _enough(chances, products.matvecs - spent) and len(fresh) < CHAINS and products.matvecs - spent < most
-        ):
-            chain = Chain(products, span, bridge, anorm, generator)
-            fresh.append(chain)
-            before, latest = chances, []
-            for _ in chain:
-                latest.append(chain.chances(points.tests, side.sign))
-                chances = before * latest[-1].clamp_max(1.0)
-                missing = chain.outermost(side.sign) > float(points.tests[0]) + floor
-                known = chain.length >= PROBE or chain.residual(side.sign) <= float(slack[1, side.order[0]])
-                stuck = chain.length > 2 * PROBE and bool(latest[-1][_STEPS - 1] > 0.8 * latest[-PROBE][_STEPS - 1])
-                if known if missing else stuck or _enough(chances, products.matvecs - spent):
-                    break
-                if products.matvecs - spent >= most:
-                    break
-            if chain.outermost(side.sign) > float(points.tests[0]) + floor:
-                beyond[side.sign] = _limit(chances, points.claims)
-                return Finding(Limits(beyond, False), chain.ritz_vector(side.sign))
-        former += fresh
-        beyond[side.sign] = _limit(chances, points.claims)
-        if not _enough(chances, PROBE):
-            proven, direction = False, former[-1].ritz_vector(side.sign)
+        evidence = _Evidence(products, side.sign, points, products.floor(anorm), most)
+        for chain in chains:
+            apart = float(torch.linalg.eigvalsh(side.sign * (chain.bridge - bridge))[-1])
+            evidence.chances = evidence.chances.minimum(chain.chances(points.tests - max(apart, 0.0), side.sign))
+        tried = 0
+        while tried < CHAINS and not evidence.closed and not evidence.missing:
+            chains.append(Chain(products, span, bridge, anorm, generator))
+            evidence.weigh(chains[-1], float(slack[1, side.order[0]]))
+            tried += 1
+        beyond[side.sign] = evidence.limit
+        if evidence.missing or not evidence.proven:
+            proven, direction = False, chains[-1].ritz_vector(side.sign)
+        if evidence.missing:
+            break
     return Finding(Limits(beyond, proven), direction)
 
 
-def _enough(chances: Tensor, spent: int) -> bool:
-    return bool((chances[: _STEPS if spent >= PROBE else 1] <= CHANCE).any())
+class _Evidence:
+    """What chains say of one side so far: the chance, for each limit, that a value beyond it was overlooked."""
 
+    def __init__(self, products: Products, sign: int, points: Points, floor: float, most: int) -> None:
+        self.products = products
+        self.sign = sign
+        self.points = points
+        self.floor = floor
+        self.most = products.matvecs + most
+        self.begun = products.matvecs
+        self.chances = torch.ones_like(points.tests)
+        self.missing = False
 
-def _limit(chances: Tensor, claims: Tensor) -> float:
-    sure = claims[chances <= CHANCE]
-    return float(sure.min()) if len(sure) else math.inf
+    def weigh(self, chain: Chain, near: float) -> None:
+        """Run a chain until it settles the question, shows a missed eigenvalue to within `near`, or gets nowhere."""
+        before, latest = self.chances, []
+        for _ in chain:
+            latest.append(chain.chances(self.points.tests, self.sign))
+            self.chances = before * latest[-1].clamp_max(1.0)
+            self.missing = chain.outermost(self.sign) > float(self.points.tests[0]) + self.floor
+            if self.missing:
+                enough = chain.length >= PROBE or chain.residual(self.sign) <= near
+            else:
+                stuck = chain.length > 2 * PROBE and bool(latest[-1][_STEPS - 1] > 0.8 * latest[-PROBE][_STEPS - 1])
+                enough = stuck or self.closed
+            if enough or self.products.matvecs >= self.most:
+                return
+
+    @property
+    def closed(self) -> bool:
+        """The strictest limit holds; or, after a few products, any within the tolerance; or no more may be spent."""
+        spent = self.products.matvecs - self.begun
+        return (self.proven and (spent >= PROBE or bool(self.chances[0] <= CHANCE))) or spent >= self.most - self.begun
+
+    @property
+    def proven(self) -> bool:
+        return bool((self.chances[:_STEPS] <= CHANCE).any())
+
+    @property
+    def limit(self) -> float:
+        sure = self.points.claims[self.chances <= CHANCE]
+        return float(sure.min()) if len(sure) else math.inf
 
 
 def _points(plan: Plan, span: Span, side: Side, wanted: Tensor, slack: Tensor) -> Points:
