@@ -22,7 +22,7 @@ Tree: TypeAlias = Any
 Select: TypeAlias = Callable[[str], bool] | str | Sequence[str]
 
 _SLICE = 4_096  # entries of a float32 dot product before the partial sums go to float64
-_COLUMNS = 1_048_576  # entries of each vector that are held in float64 at a time
+_COLUMNS = 16_384  # entries of each vector that are held in float64 at a time: few enough for the cache
 
 
 def leaves(tree: Tree) -> list[Any]:

@@ -84,7 +84,8 @@ def normalised(vector: Tree, floor: Tensor) -> tuple[Tree, Tensor, Tensor]:
     most `floor` and the row is given up: then row and length come out as zero."""
     length = tree.norms(vector)[:, None]
     alive = (length > floor).to(length.dtype)
-    return tree.combine(alive / torch.where(alive > 0, length, 1.0), vector), alive * length, alive[0]
+    factor = (alive / torch.where(alive > 0, length, 1.0))[0, 0]
+    return tree.scale(factor, vector), alive * length, alive[0]
 
 
 def independent(block: Tree, floors: Tensor) -> tuple[Tree, Tensor, Tensor]:

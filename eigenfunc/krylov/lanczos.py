@@ -70,9 +70,9 @@ def absorb(state: State, product: Tree, j: int, width: int = 1, *, again: Again 
     rest = vectors.subtract(rest, far, seen)
     c = torch.cat([far[:near], far[near:] + local])
 
-    finite = state.finite & tree.all_finite(product)
     left = tree.norms(rest)
     length = torch.sqrt((c * c).sum(0) + left**2).amax()
+    finite = state.finite & torch.isfinite(length)
     anorm = torch.maximum(state.anorm, torch.where(finite, length, 0.0))
     floor = 10 * torch.finfo(tree.leaves(product)[0].dtype).eps * anorm
     q, r, alive = vectors.independent(rest, floor.expand(count))
