@@ -61,7 +61,9 @@ def drive(
             rounds += 1
             if proof.complete or last or rounds == ROUNDS:
                 break
-            rows = _independent(torch.cat([proof.vectors, state.vectors])[:size])
+            found = proof.certified.vectors
+            found = found if proof.direction is None else torch.cat([proof.direction, found])
+            rows = _independent(torch.cat([found, state.vectors])[:size])
             state = init(_filled(rows, size, run.products, run.generator))
         state = advance(state)
     return proof, rounds

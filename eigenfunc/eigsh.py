@@ -6,10 +6,12 @@ import time
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import scope
+from eigenfunc import endgame, scope
 from eigenfunc.certificate import Products, seeded, start_block
+from eigenfunc.errors import InputError
 from eigenfunc.operator import aslinearoperator
 from eigenfunc.plan import plan_for
 from eigenfunc.solution import Solution
@@ -29,7 +31,8 @@ def eigsh(
     v0: Tree | None = None,
     seed: int | None = None,
     basis_size: int | None = None,
-    block_size: int = 1,
+    block_size: int | None = None,
+    basis_dtype: torch.dtype | None = None,
     max_matvecs: int | None = None,
     progress: bool = False,
     throw: bool = True,
@@ -40,18 +43,25 @@ def eigsh(
     k           how many; for BE also (number at the top, number at the bottom)
     which       LM largest in magnitude, LA largest, SA smallest, BE both ends (the odd one at the top)
     tol         relative to each eigenvalue: converged means ‖A v − λ v‖ ≤ max(tol·|λ|, noise)
-    v0          start vector, shaped as `A.like`; default: random
+    v0          start vector, shaped as `A.like`, or a stack of them (p, *leaf), earlier eigenvectors say, which are
+                summed into the rows of the start block; default: random
     seed        of all random numbers; default: a fresh one, told in `stats.seed`
-    basis_size  vectors kept; default 2k+10, at least k+20, for LM and LA; 4k+20, from 60 to 120, for SA and BE, where
-                the edge of the spectrum is dense; n where that is at most twice as many
-    max_matvecs products that may be spent on solving; those that verify (k fresh ones, the probe, the noise: about
-                k + 10) come on top. Default max(1000, 50 k)
+    basis_size  vectors kept; default 2k+10, at least k+20, for LM and LA; 120 for SA and BE, where the edge of the
+                spectrum is dense, or 4k+20 from 60 on where n is large; n where n is small
+    block_size  vectors multiplied at once; default 1, or 8 where k ≥ 10, nothing is cached and a block of products is
+                measured to be so cheap that it makes up for needing more of them
+    basis_dtype torch.float16 or torch.bfloat16 halve the memory of the basis and limit residuals to about 1e-4 and
+                1e-3 of ‖A‖, the errors of values to their squares; default: the dtype of the products
+    max_matvecs products that may be spent on solving; those that verify (k fresh ones, the probe, the noise: k + 10
+                as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
     throw       raise `NotConverged`, which carries the solution, unless every pair converged
 
-    Memory: basis_size + 1 vectors, and 2k more at the end. Before a pair is called converged a random vector is
-    sent through eight more steps, which must not bring up an eigenvalue that was missed (a further copy of a
-    multiple one, or one that `v0` is orthogonal to). That proof is probabilistic: an eigenvalue that is barely
-    beyond the k-th can escape it. Residuals come from fresh products.
+    Memory: basis_size + block_size vectors, and about 5k more at the end. Before pairs are called converged, the
+    eigenvalues beyond them are counted: by Sylvester's law of inertia from what was multiplied, and by a Lanczos chain
+    from a random vector for the rest. Whatever the spectrum and the start vector, the chance that an eigenvalue beyond
+    the tolerance of the last wanted one escapes is at most one in a thousand on each side; `bounds` are widened by
+    what could not be excluded. Residuals come from fresh products. There is no `sigma`: values inside the spectrum
+    need the inverse of A − σ, which products alone do not give at a fair price.
 
     Raises `InputError` for arguments out of range, `TreeError` for a `v0` of another structure, `NonFiniteError`
     for a product with NaN, `TransformError` inside a torch.func transform, and `NotConverged`.
@@ -61,7 +71,18 @@ def eigsh(
     """
     begun = time.perf_counter()
     products = Products(aslinearoperator(A))
-    plan = plan_for(k, which, tol, products.size, basis_size=basis_size, block_size=block_size, max_matvecs=max_matvecs)
+    plan = plan_for(
+        k,
+        which,
+        tol,
+        products.size,
+        basis_size=basis_size,
+        block_size=block_size,
+        block_ratio=products.A.block_ratio,
+        max_matvecs=max_matvecs,
+    )
+    if basis_dtype not in (None, torch.float16, torch.bfloat16):
+        raise InputError(f"basis_dtype must be torch.float16 or torch.bfloat16, or left out, got {basis_dtype!r}")
     generator, seed = seeded(seed)
     given = None if v0 is None else start_block(v0, plan.block_size, products, generator)
     with (
@@ -69,14 +90,23 @@ def eigsh(
         torch.no_grad(),
         tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar,
     ):
-        q, image = products.calibrate(generator)
-        run = Run(plan, products, generator, bar if progress else None)
-        if given is None and plan.block_size == 1:
-            run.verification -= 1  # the random vector that was calibrated with serves as the start
-            run.start(q, image)
-        else:
-            q = start_block(None, plan.block_size, products, generator) if given is None else given
-            run.start(q, products(q))
-        certified, limits, rounds = search(run)
+        tried, image = products.calibrate(generator)
+        run = Run(plan, products, generator, bar if progress else None, basis_dtype)
+        _start(run, given, tried, image)
         remedy = f"raise max_matvecs (now {plan.max_matvecs}) or basis_size (now {plan.basis_size})"
+        if basis_dtype is None:
+            certified, limits, rounds = search(run)
+        else:
+            run, (certified, limits, *_) = endgame.search_coarse(run)
+            rounds, remedy = 1, f"leave out basis_dtype, which limits residuals here, or {remedy}"
         return conclude(run, certified, limits, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw)
+
+
+def _start(run: Run, given: Tensor | None, tried: Tensor, image: Tensor) -> None:
+    """From the block that was given, or a random one; a single vector is the one that was calibrated with."""
+    if given is None and run.plan.block_size == 1:
+        run.verification -= 1
+        run.start(tried, image)
+        return
+    q = start_block(None, run.plan.block_size, run.products, run.generator) if given is None else given
+    run.start(q, run.products(q))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from eigenfunc import completeness
@@ -14,11 +13,11 @@ from eigenfunc.thick_restart import Run
 
 
 class Proof(NamedTuple):
-    """Certified pairs, what a probe says of them, and where to go on from if it is not enough."""
+    """Certified pairs, and what a probe says of them."""
 
     certified: Certified
     limits: completeness.Limits
-    vectors: Tensor  # (p, n): what the certificate and the probe leave as the best approximations, best first
+    direction: Tensor | None  # (1, n): where what is missing lies, as far as is known
     complete: bool  # all residuals meet the tolerance, and nothing beyond the wanted values is missing
 
 
@@ -32,12 +31,11 @@ def prove(run: Run, x: Tensor, probe: Probe | None = None) -> Proof:
     certified = run.certified(x)
     run.anorm = max(run.anorm, float((certified.values.abs() + certified.residuals).max()))
     met = certified.residuals <= run.target(certified.values)
-    limits, vectors = completeness.ALL, certified.vectors
+    finding = completeness.Finding(completeness.ALL, None)
     if len(met) < run.plan.n and bool(met.any()):
-        limits, direction = (probe or _probe(run))(certified)
-        vectors = vectors if direction is None else torch.cat([direction, vectors])
+        finding = (probe or _probe(run))(certified)
     run.verification = run.products.matvecs - solving
-    return Proof(certified, limits, vectors, bool(met.all()) and limits.proven)
+    return Proof(certified, finding.limits, finding.direction, bool(met.all()) and finding.limits.proven)
 
 
 def _probe(run: Run) -> Probe:
@@ -49,3 +47,24 @@ def _probe(run: Run) -> Probe:
         return finding
 
     return probe
+
+
+def search_coarse(run: Run) -> tuple[Run, Proof]:
+    """Converge a run whose basis is in half precision, and prove what it gives in the precision of the products.
+
+    Such a basis is orthonormal to its own precision only, so that nothing is concluded from it: the Ritz vectors are
+    formed in full, made orthonormal, multiplied afresh, and the probe starts from those. Returns a run for the verdict.
+    """
+    products, least = run.products, 0
+    while True:
+        ritz = run.converge(least)
+        begun = products.matvecs
+        prover = Run(run.plan, products, run.generator, None)
+        proof = prove(prover, run.vectors(ritz))
+        run.verification += products.matvecs - begun
+        if proof.complete or proof.direction is None or run.spent >= run.plan.max_matvecs:
+            prover.verification, prover.restarts = run.verification, run.restarts
+            prover.basis_dtype = run.basis_dtype
+            return prover, proof
+        run.join(ritz, proof.direction)
+        least = max(1, (products.matvecs - begun) // 2)

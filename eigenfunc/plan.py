@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,9 @@ from eigenfunc.certificate import whole
 from eigenfunc.errors import InputError
 
 SMALL = 400  # sizes at which a basis of the whole space costs nothing
+ROOMY = 2**27  # entries of a basis that are had without asking
+BLOCK = 8
+WORTH = {10: 0.45, 20: 0.5, 50: 0.65}  # from this k on a block pays if its products take less than this share
 
 
 class Side(NamedTuple):
@@ -82,7 +85,8 @@ def plan_for(
     n: int,
     *,
     basis_size: int | None = None,
-    block_size: int = 1,
+    block_size: int | None = None,
+    block_ratio: Callable[[], float] | None = None,
     max_matvecs: int | None = None,
 ) -> Plan:
     """Check what is asked for and choose what is not; `InputError` says what is wrong."""
@@ -98,10 +102,13 @@ def plan_for(
         raise InputError(f"k = {k} eigenpairs of a matrix of size {n}: k must lie between 1 and n")
     if not (isinstance(tol, (int, float)) and 0 < tol < 1):
         raise InputError(f"tol must lie between 0 and 1 (it is relative to each eigenvalue), got {tol!r}")
+    if block_size is None:
+        block_size = _block_for(wanted, which, None if basis_size else block_ratio)
     block = min(whole(block_size, "block_size", 1), n)
     if basis_size is None:
-        basis_size = max(2 * wanted + 10, 16) if which in ("LM", "LA") else min(max(4 * wanted + 20, 60), 120)
-        basis_size = max(basis_size, wanted + 20, wanted + 4 * block)
+        edge = 120 if 120 * n <= ROOMY else min(max(4 * wanted + 20, 60), 120)  # a dense edge wants a large basis
+        basis_size = max(2 * wanted + 10, 16) if which in ("LM", "LA") else edge
+        basis_size = max(basis_size, wanted + 20, wanted + 6 * block if block > 1 else 0)
         if n <= max(2 * basis_size, SMALL):
             basis_size = n
     least = min(wanted + 3 + block, n)
@@ -112,3 +119,10 @@ def plan_for(
         )
     budget = max(1000, 50 * wanted) if max_matvecs is None else whole(max_matvecs, "max_matvecs", 1)
     return Plan(which, top, bottom, tol, n, size, block, budget)
+
+
+def _block_for(k: int, which: str, measure: Callable[[], float] | None) -> int:
+    """1, or `BLOCK` where `measure` finds blocks of products so much cheaper that they make up for needing more."""
+    if measure is None or k < min(WORTH) or which in ("SA", "BE"):
+        return 1  # there a block would have to be cheaper than any is
+    return BLOCK if measure() <= max(share for least, share in WORTH.items() if k >= least) else 1

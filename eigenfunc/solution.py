@@ -53,7 +53,12 @@ class Solution:
     residuals   (k,) float64, ‖A v − λ v‖ of unit v from fresh products, not from the recurrence
     bounds      (k,) float64: each value lies within its bound of an eigenvalue of A, and values whose intervals
                 overlap of as many different ones (W. Kahan's theorem: Parlett, The Symmetric Eigenvalue Problem,
-                section 11.5); the noise of the products is added
+                section 11.5); the noise of the products is added, and whatever the completeness probe could not exclude
+    sharp       (k,) float64: as `bounds`, by Kato and Temple, r² over the distance to the rest of the spectrum, where
+                that is known and smaller (T. Kato, J. Phys. Soc. Japan 4, 1949); given completeness
+    angles      (k,) float64: bound of the sine of the angle between a vector and its eigenvector, r over that
+                distance; 1 where values are too close to tell their vectors apart, as for the last pair, beyond which
+                nothing is known (C. Davis and W. Kahan, SIAM J. Numer. Anal. 7, 1970)
     converged   (k,) bool: residual ≤ max(tol·|λ|, noise), and nothing missed by the completeness probe, which is
                 a random one: see `eigsh`
     noise       the measured rounding noise of the products: no residual can be told from less
@@ -63,6 +68,8 @@ class Solution:
     vectors: Tree
     residuals: Tensor
     bounds: Tensor
+    sharp: Tensor
+    angles: Tensor
     converged: Tensor
     noise: float
     which: str
@@ -89,6 +96,8 @@ class Solution:
             "λ": [f"{value:+.10e}" for value in self.values.tolist()],
             "true residual": [f"{value:.1e}" for value in self.residuals.tolist()],
             "bound": [f"{value:.1e}" for value in self.bounds.tolist()],
+            "sharp bound": [f"{value:.1e}" for value in self.sharp.tolist()],
+            "angle": ["-" if value >= 1 else f"{value:.1e}" for value in self.angles.tolist()],
             **(extra or {}),
             "verdict": self.verdicts(),
         }
@@ -114,6 +123,8 @@ class Solution:
             "values": self.values.tolist(),
             "residuals": self.residuals.tolist(),
             "bounds": self.bounds.tolist(),
+            "sharp": self.sharp.tolist(),
+            "angles": self.angles.tolist(),
             "converged": self.converged.tolist(),
             "noise": self.noise,
             "which": self.which,
@@ -122,6 +133,13 @@ class Solution:
             "message": self.message,
             **asdict(self.stats),
         }
+
+
+def gaps(values: Tensor, bounds: Tensor, outer: Tensor) -> Tensor:
+    """Distances (k,) from each value to the rest of the spectrum: the other intervals, and what is `outer` away."""
+    apart = (values[:, None] - values[None, :]).abs() - bounds[None, :]
+    inner = apart.fill_diagonal_(torch.inf).amin(1) if len(values) > 1 else torch.full_like(values, torch.inf)
+    return torch.minimum(inner, outer).clamp_min(0.0)
 
 
 def cluster_bounds(values: Tensor, residuals: Tensor, noise: float) -> Tensor:

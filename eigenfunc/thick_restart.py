@@ -35,7 +35,15 @@ class Run:
     each missed eigenvector that a probe brought up.
     """
 
-    def __init__(self, plan: Plan, products: Products, generator: torch.Generator, bar: Any) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        products: Products,
+        generator: torch.Generator,
+        bar: Any,
+        basis_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.basis_dtype = basis_dtype or products.dtype
         self.plan = plan
         self.products = products
         self.generator = generator
@@ -54,7 +62,7 @@ class Run:
     def _begin(self, q: Tensor, image: Tensor, rows: int) -> None:
         b = q.shape[0]
         self.rows = rows
-        self.state = kernel.absorb(kernel.init(q, image, rows), image, 0, b, again=self._again)
+        self.state = kernel.absorb(kernel.init(q, image, rows, self.basis_dtype), image, 0, b, again=self._again)
         self.j = self.width = b
 
     def _again(self, large: Tensor) -> bool:
@@ -145,13 +153,18 @@ class Run:
                     self.restarts += 1
             self.advance()
 
+    def _grain(self) -> float:
+        """What a basis in half precision gives at best, relative to ‖A‖; no use in going on below it."""
+        return 0.0 if self.basis_dtype == self.products.dtype else torch.finfo(self.basis_dtype).eps / 16
+
     def _done(self, ritz: Ritz) -> bool:
         return self.settled(ritz) or self.spent >= self.plan.max_matvecs
 
     def settled(self, ritz: Ritz) -> bool:
         """Every wanted estimate meets its target, and no other Ritz interval reaches in among the wanted values."""
         index = self.plan.wanted(ritz.theta)
-        theta, target = ritz.theta[index], self.target(ritz.theta[index])
+        theta = ritz.theta[index]
+        target = self.target(theta).clamp_min(self._grain() * self.anorm)
         ratio = float((ritz.estimates[index] / target.clamp_min(1e-300)).max())
         if self.bar is not None:
             self.bar.update(self.products.matvecs - self.bar.n)
@@ -199,8 +212,13 @@ class Run:
         self.state = kernel.swap(self.state, self.j, self.j + grown - 1)
 
     def certify(self, ritz: Ritz) -> Certified:
-        coefficients = ritz.s[:, self.plan.wanted(ritz.theta)].mT
-        return self.certified(tree.combine(coefficients.to(self.state.t), tree.rows(self.state.basis, 0, self.j)))
+        return self.certified(self.vectors(ritz))
+
+    def vectors(self, ritz: Ritz) -> Tensor:
+        """The wanted Ritz vectors (k, n)."""
+        coefficients = ritz.s[:, self.plan.wanted(ritz.theta)].mT.to(self.state.t)
+        x: Tensor = tree.combine(coefficients, tree.rows(self.state.basis, 0, self.j), self.products.dtype)
+        return x
 
     def certified(self, x: Tensor) -> Certified:
         certified = certify(self.products, x)

@@ -8,7 +8,7 @@ carried in float64, because a float32 norm over 10^6 entries is off in its fifth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -125,7 +125,20 @@ def gram(x: Tree, y: Tree) -> Tensor:
     return total
 
 
+def wide(leaf: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The columns of a matrix (p, entries) in the given dtype: at once, or in slices where that takes a conversion."""
+    if leaf.dtype == dtype:
+        yield slice(None), leaf
+        return
+    for start in range(0, max(leaf.shape[1], 1), _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        yield columns, leaf[:, columns].to(dtype)
+
+
 def _gram_leaf(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype != b.dtype:
+        parts = [_gram_leaf(part, b[:, columns]) for columns, part in wide(a, b.dtype)]
+        return torch.stack(parts).sum(0)
     length = a.shape[1]
     if a.dtype == torch.float64 or length <= _SLICE:
         return (a @ b.mT).double()
@@ -148,11 +161,13 @@ def exact_gram(x: Tree, y: Tree) -> Tensor:
     return total
 
 
-def combine(c: Tensor, x: Tree) -> Tree:
-    """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf)."""
+def combine(c: Tensor, x: Tree, dtype: torch.dtype | None = None) -> Tree:
+    """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf), in a dtype if one is given."""
 
     def one(leaf: Tensor) -> Tensor:
-        out = c.to(leaf.dtype) @ matrix(leaf)
+        flat = matrix(leaf)
+        parts = [c.to(part.dtype) @ part for _, part in wide(flat, dtype or leaf.dtype)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return out.reshape(out.shape[:1] + leaf.shape[1:])
 
     return tree_map(one, x)

@@ -11,7 +11,7 @@ from eigenfunc import tree
 from eigenfunc.certificate import Certified
 from eigenfunc.completeness import Limits
 from eigenfunc.errors import NotConverged
-from eigenfunc.solution import Solution, Stats, Status, cluster_bounds
+from eigenfunc.solution import Solution, Stats, Status, cluster_bounds, gaps
 from eigenfunc.thick_restart import ROUNDS, Run
 
 
@@ -31,6 +31,9 @@ def conclude(
         explained += 20 * products.declared / run.anorm
     converged = met & passed & torch.tensor(skew <= explained)
     bounds = cluster_bounds(values, residuals, run.floor())
+    bounds = torch.where(passed, bounds.maximum(within), bounds)
+    gap = torch.where(passed, gaps(values, bounds, -within), 0.0)
+    error = residuals + run.floor()
     stats = Stats(
         matvecs=products.matvecs,
         verification=run.verification,
@@ -38,7 +41,7 @@ def conclude(
         restarts=run.restarts,
         seconds=time.perf_counter() - begun,
         basis_size=plan.basis_size,
-        basis_bytes=(plan.basis_size + 1) * products.size * products.dtype.itemsize,
+        basis_bytes=(plan.basis_size + plan.block_size) * products.size * run.basis_dtype.itemsize,
         orthogonality=certified.orthogonality,
         asymmetry=skew,
         norm=run.anorm * products.scale,
@@ -49,7 +52,9 @@ def conclude(
         values=values * products.scale,
         vectors=tree.unravel(certified.vectors[order.to(products.device)], products.A.like, narrow=False),
         residuals=residuals * products.scale,
-        bounds=torch.where(passed, bounds.maximum(within), bounds) * products.scale,
+        bounds=bounds * products.scale,
+        sharp=torch.where(gap > 0, bounds.minimum(error * error / gap + run.floor()), bounds) * products.scale,
+        angles=torch.where(gap > error, error / gap, 1.0),
         converged=converged,
         noise=run.floor() * products.scale,
         which=plan.which,

@@ -152,7 +152,9 @@ class _SetUp(NamedTuple):
             error = f", off by at most {differences.error:.0e} for unit vectors so far" if product == ON_REQUEST else ""
             return f"{prefix}{error}; {sweep.describe()}{figures}"
 
-        return LinearOperator(matvec, point, matmat, sweep.minibatches, describe, lambda: differences.error)
+        return LinearOperator(
+            matvec, point, matmat, sweep.minibatches, describe, lambda: differences.error, sweep.block_ratio
+        )
 
     def _of_leaves(self, index: int, batch: Any) -> products.Function:
         return products.of_leaves(self.loss, batch, self.point, self.reader.seed + index)

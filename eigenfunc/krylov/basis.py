@@ -17,12 +17,12 @@ from eigenfunc.tree import Tree
 _SLICE = 1_048_576  # columns rotated at a time: bounds the scratch memory of a restart
 
 
-def allocate(block: Tree, num_rows: int) -> Tree:
-    """A zero stack (num_rows, *leaf) shaped after the stack `block`.
+def allocate(block: Tree, num_rows: int, dtype: torch.dtype | None = None) -> Tree:
+    """A zero stack (num_rows, *leaf) shaped after the stack `block`, in its dtypes or in another one.
 
     Taken from `block.new_zeros`, so that under vmap the memory carries the batch dimension too.
     """
-    return tree.tree_map(lambda leaf: leaf.new_zeros((num_rows, *leaf.shape[1:])), block)
+    return tree.tree_map(lambda leaf: leaf.new_zeros((num_rows, *leaf.shape[1:]), dtype=dtype or leaf.dtype), block)
 
 
 def write(target: Tree, start: int, block: Tree) -> Tree:
@@ -57,8 +57,12 @@ def subtract(block: Tree, coefficients: Tensor, basis: Tree) -> Tree:
     """block (b, *leaf) − coefficientsᵀ basis, for coefficients (p, b) and a basis (p, *leaf)."""
 
     def one(w: Tensor, v: Tensor) -> Tensor:
-        flat = torch.addmm(tree.matrix(w), coefficients.mT.to(w.dtype), tree.matrix(v), alpha=-1)
-        return flat.reshape(w.shape)
+        flat, weights = tree.matrix(w), coefficients.mT.to(w.dtype)
+        parts = [
+            torch.addmm(flat[:, columns], weights, part, alpha=-1)
+            for columns, part in tree.wide(tree.matrix(v), w.dtype)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).reshape(w.shape)
 
     return tree.tree_map(one, block, basis)
 
@@ -130,10 +134,11 @@ def rotate(basis: Tree, s: Tensor, tail: int) -> Tree:
 
     def one(leaf: Tensor) -> Tensor:
         flat = tree.matrix(leaf)
-        weights = s.mT.to(leaf.dtype)
+        exact = torch.promote_types(leaf.dtype, torch.float32)
+        weights = s.mT.to(exact)
         for start in range(0, flat.shape[1], _SLICE):
             columns = flat[:, start : start + _SLICE]
-            columns[:p] = weights @ columns[:j]
+            columns[:p] = weights @ columns[:j].to(exact)
             columns[p : p + tail] = columns[j : j + tail].clone()
         return leaf
 

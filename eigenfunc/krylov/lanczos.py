@@ -41,10 +41,13 @@ def _always(large: Tensor) -> bool:
     return True
 
 
-def init(q: Tree, product: Tree, num_rows: int) -> State:
-    """State whose first coming rows are the orthonormal q (b, *leaf); their image only lends dtype and batching."""
+def init(q: Tree, product: Tree, num_rows: int, dtype: torch.dtype | None = None) -> State:
+    """State whose first coming rows are the orthonormal q (b, *leaf); their image only lends dtype and batching.
+
+    The basis can be stored in another dtype, a shorter one; sums are carried in that of the products.
+    """
     like = tree.add(q, product)
-    basis = vectors.write(vectors.allocate(like, num_rows), 0, q)
+    basis = vectors.write(vectors.allocate(like, num_rows, dtype), 0, q)
     g = tree.gram(like, like)
     zero = g.new_zeros(())
     alive = vectors.write(g.new_zeros(num_rows), 0, g.new_ones(g.shape[0]))
