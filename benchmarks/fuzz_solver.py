@@ -8,7 +8,6 @@ Random cases of every family of spectra, dtype, size, scale, tree and start vect
 from __future__ import annotations
 
 import argparse
-import inspect
 import multiprocessing
 import random
 import sys
@@ -27,7 +26,6 @@ from eigenfunc.testing import FAMILIES, Case, faults, random_case
 from eigenfunc.testing.verdicts import explain
 
 CHUNK = 25
-TAKES_BLOCKS = "block_size" in inspect.signature(eigsh).parameters
 
 
 class Outcome(NamedTuple):
@@ -46,7 +44,6 @@ def case_of(seed: int, index: int, families: tuple[str, ...]) -> Case:
 
 def solve(case: Case) -> Solution:
     problem = case.problem
-    blocks = {"block_size": case.block_size} if TAKES_BLOCKS else {}
     return eigsh(
         problem.operator(),
         case.k,
@@ -55,7 +52,8 @@ def solve(case: Case) -> Solution:
         v0=problem.start(case.start, case.k, case.which),
         seed=case.seed,
         throw=False,
-        **blocks,
+        block_size=case.block_size,
+        basis_size=case.basis_size,
     )
 
 
@@ -71,7 +69,8 @@ def judge(seed: int, index: int, families: tuple[str, ...]) -> Outcome:
     else:
         wrong = faults(case, solution)
         verdict = "WRONG" if wrong else "right" if solution.success else str(solution.status)
-    groups = (case.problem.family, case.problem.dtype, f"start: {case.start}", "all")
+    sizes = f"block {case.block_size}, {'small' if case.basis_size else 'default'} basis"
+    groups = (case.problem.family, case.problem.dtype, f"start: {case.start}", sizes, "all")
     return Outcome(index, groups, verdict, case.separated, time.perf_counter() - begun, repr(case), wrong)
 
 
@@ -88,7 +87,7 @@ def outcomes(seed: int, examples: int, processes: int, families: tuple[str, ...]
 
 
 def table(found: list[Outcome]) -> str:
-    rows = [*FAMILIES, *sorted({group for o in found for group in o.groups[1:3]}), "all"]
+    rows = [*FAMILIES, *sorted({group for o in found for group in o.groups[1:4]}), "all"]
     lines = [
         "| | cases | right | WRONG | not converged | refused, crashed | converged, of the separated | seconds |",
         "|---|---|---|---|---|---|---|---|",

@@ -99,7 +99,7 @@ class Products:
 
     def floor(self, anorm: float) -> float:
         """Residuals are not told apart below this, for an operator of norm `anorm`."""
-        return max(max(8 * self.eps, 64 * _EPS, 2 * min(self.noise, self.roundoff)) * anorm, 2 * self.declared)
+        return max(max(2 * self.eps, 64 * _EPS, 4 * min(self.noise, self.roundoff)) * anorm, 2 * self.declared)
 
 
 def non_finite(index: int) -> str:
@@ -180,10 +180,10 @@ def _given(v0: Tree, products: Products) -> Tensor:
         isinstance(x, Tensor) and x.ndim == ref.ndim + 1 for x, ref in zip(leaves, refs, strict=True)
     )
     tree.check_like(v0, like, "v0", stacked=stacked)
+    if stacked and len(leaves[0]) == 0:
+        raise InputError("v0 is a stack of no vectors")
     flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach(), v0), like)
     flat = flat if stacked else flat[None]
-    if len(flat) == 0:
-        raise InputError("v0 is a stack of no vectors")
     largest = flat.abs().amax(1)
     bad = ~torch.isfinite(largest) | (largest == 0)
     if bool(bad.any()):

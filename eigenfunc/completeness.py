@@ -29,6 +29,7 @@ from eigenfunc.plan import Plan, Side
 
 CHANCE = 1e-3  # of overlooking an eigenvalue, on each side
 PROBE = 8  # products after which a limit within the tolerance will do; the least number of vectors held
+_WEAK = 1e-4  # coupling² of a Ritz vector over its distance and the size of the wanted values, to be next to nothing
 _HELD = 2**22  # entries of the chain that are held in any case
 TINY = 1e-290  # stands for the rounding of a matrix that is exactly zero
 _STEPS = 8  # limits tried between the residual of the innermost wanted value and its tolerance
@@ -47,17 +48,25 @@ ALL = Limits({1: -math.inf, -1: -math.inf}, True)
 
 
 class Span(NamedTuple):
-    """What has been multiplied, V (j, n), and the coming rows Q (w, n), with T = diag(theta) in its eigenbasis."""
+    """What has been multiplied, or part of it, and the coming rows Q (w, n), with T = diag(theta) in its eigenbasis."""
 
-    vectors: Tensor
+    vectors: Tensor  # (j, n), orthonormal
     coming: Tensor
-    theta: Tensor  # (j,)
-    coupling: Tensor  # (w, j)
+    theta: Tensor  # (p,)
+    s: Tensor  # (j, p): the Ritz vectors, in terms of `vectors`
+    coupling: Tensor  # (w, p)
 
     def bridge(self, point: float) -> Tensor:
         """S(λ), (w, w)."""
         s: Tensor = (self.coupling / (self.theta - point)) @ self.coupling.mT
         return (s + s.mT) / 2
+
+    def loose(self, points: list[float], scale: float) -> Span:
+        """The part whose Ritz vectors are so weakly coupled that S(λ) is next to nothing at all of these points."""
+        strength = (self.coupling * self.coupling).sum(0)
+        away = torch.stack([(self.theta - point).abs() for point in points]).amin(0)
+        kept = strength <= _WEAK * scale * away
+        return self._replace(theta=self.theta[kept], s=self.s[:, kept], coupling=self.coupling[:, kept])
 
 
 class Finding(NamedTuple):
@@ -87,62 +96,78 @@ def search(
     wanted (k,) Ritz values; slack (2, k): how near to each a further eigenvalue does no harm, strictly (its residual)
     and at most (its tolerance).
     """
-    beyond, proven, direction = dict(UNKNOWN.beyond), True, None
     slack = slack.clamp_min(TINY)
-    chains: list[Chain] = []
-    for side in plan.sides():
-        points = _points(plan, span, side, wanted, slack)
-        bridge = span.bridge(side.sign * float(points.tests[0]))
-        evidence = _Evidence(products, side.sign, points, products.floor(anorm), most)
-        for chain in chains:
-            apart = float(torch.linalg.eigvalsh(side.sign * (chain.bridge - bridge))[-1])
-            evidence.chances = evidence.chances.minimum(chain.chances(points.tests - max(apart, 0.0), side.sign))
-        tried = 0
-        while tried < CHAINS and not evidence.closed and not evidence.missing:
-            chains.append(Chain(products, span, bridge, anorm, generator))
-            evidence.weigh(chains[-1], float(slack[1, side.order[0]]))
-            tried += 1
-        beyond[side.sign] = evidence.limit
-        if evidence.missing or not evidence.proven:
-            proven, direction = False, chains[-1].ritz_vector(side.sign)
-        if evidence.missing:
+    floor = products.floor(anorm)
+    sides = plan.sides()
+    points = [_points(plan, side, wanted, slack) for side in sides]
+    settled = [side.sign * float(at.tests[0]) for side, at in zip(sides, points, strict=True)]
+    if len(sides) == 2:  # one chain serves both, if S(λ) hardly differs
+        span = span.loose(settled, float(wanted.abs().max()))
+    bridges = [span.bridge(point) for point in settled]
+    bridge = torch.stack(bridges).mean(0)
+    evidence = [
+        _Evidence(side.sign, at, _apart(bridge, own, side.sign), _apart(own, bridge, side.sign), floor)
+        for side, at, own in zip(sides, points, bridges, strict=True)
+    ]
+    begun, direction, missing = products.matvecs, None, False
+    for _ in range(CHAINS):
+        chain = Chain(products, span, bridge, anorm, generator)
+        for _ in chain:
+            for part in evidence:
+                part.weigh(chain)
+            spent = products.matvecs - begun
+            open_ = [part for part in evidence if not part.closed(spent)]
+            found = [part for part in evidence if part.missing]
+            near = [chain.residual(part.sign) <= float(slack[1].min()) for part in found]
+            if (found and (chain.length >= PROBE or all(near))) or not open_ or spent >= most:
+                break
+            if all(part.drowned(chain) for part in open_):
+                break
+        missing = any(part.missing for part in evidence)
+        wanting = [part for part in evidence if part.missing or not part.proven]
+        if missing or not wanting or products.matvecs - begun >= most:
             break
-    return Finding(Limits(beyond, proven), direction)
+        for part in evidence:
+            part.before = part.chances
+    if wanting:
+        direction = chain.ritz_vector(next((part for part in wanting if part.missing), wanting[0]).sign)
+    beyond = {**UNKNOWN.beyond, **{part.sign: part.limit for part in evidence}}
+    return Finding(Limits(beyond, not wanting), direction)
+
+
+def _apart(a: Tensor, b: Tensor, sign: int) -> float:
+    """How far the eigenvalues may lie further out, to one side, where S(λ) is b and not a."""
+    return max(float(torch.linalg.eigvalsh(sign * (a - b))[-1]), 0.0)
 
 
 class _Evidence:
-    """What chains say of one side so far: the chance, for each limit, that a value beyond it was overlooked."""
+    """What chains say of one side so far: the chance, for each limit, that a value beyond it was overlooked.
 
-    def __init__(self, products: Products, sign: int, points: Points, floor: float, most: int) -> None:
-        self.products = products
+    further, less   how far the eigenvalues of the side's own B(λ) may lie outside, and inside, those of the chain's
+    """
+
+    def __init__(self, sign: int, points: Points, further: float, less: float, floor: float) -> None:
         self.sign = sign
-        self.points = points
-        self.floor = floor
-        self.most = products.matvecs + most
-        self.begun = products.matvecs
-        self.chances = torch.ones_like(points.tests)
+        self.claims = points.claims
+        self.tests = points.tests - further
+        self.less = float(points.tests[0]) + less + floor
+        self.before = torch.ones_like(points.tests)
+        self.chances = self.before
         self.missing = False
 
-    def weigh(self, chain: Chain, near: float) -> None:
-        """Run a chain until it settles the question, shows a missed eigenvalue to within `near`, or gets nowhere."""
-        before, latest = self.chances, []
-        for _ in chain:
-            latest.append(chain.chances(self.points.tests, self.sign))
-            self.chances = before * latest[-1].clamp_max(1.0)
-            self.missing = chain.outermost(self.sign) > float(self.points.tests[0]) + self.floor
-            if self.missing:
-                enough = chain.length >= PROBE or chain.residual(self.sign) <= near
-            else:
-                stuck = chain.length > 2 * PROBE and bool(latest[-1][_STEPS - 1] > 0.8 * latest[-PROBE][_STEPS - 1])
-                enough = stuck or self.closed
-            if enough or self.products.matvecs >= self.most:
-                return
+    def weigh(self, chain: Chain) -> None:
+        self.chances = self.before * chain.chances(self.tests, self.sign).clamp_max(1.0)
+        self.missing = chain.outermost(self.sign) > self.less
 
-    @property
-    def closed(self) -> bool:
-        """The strictest limit holds; or, after a few products, any within the tolerance; or no more may be spent."""
-        spent = self.products.matvecs - self.begun
-        return (self.proven and (spent >= PROBE or bool(self.chances[0] <= CHANCE))) or spent >= self.most - self.begun
+    def drowned(self, chain: Chain) -> bool:
+        """Whether the chain goes no further for the rounding of its products."""
+        last = self.tests[_STEPS - 1 : _STEPS]
+        noisy, pure = chain.chances(last, self.sign), chain.chances(last, self.sign, rounding=0.01)
+        return chain.length > PROBE and bool(torch.isfinite(noisy)) and bool(noisy > 10 * pure)
+
+    def closed(self, spent: int) -> bool:
+        """The strictest limit holds, or, after a few products, any within the tolerance."""
+        return self.proven and (spent >= PROBE or bool(self.chances[0] <= CHANCE))
 
     @property
     def proven(self) -> bool:
@@ -150,11 +175,11 @@ class _Evidence:
 
     @property
     def limit(self) -> float:
-        sure = self.points.claims[self.chances <= CHANCE]
+        sure = self.claims[self.chances <= CHANCE]
         return float(sure.min()) if len(sure) else math.inf
 
 
-def _points(plan: Plan, span: Span, side: Side, wanted: Tensor, slack: Tensor) -> Points:
+def _points(plan: Plan, side: Side, wanted: Tensor, slack: Tensor) -> Points:
     """The innermost wanted value with its two slacks, then the others: a pair may stand where a later one falls."""
     values = plan.outward(wanted, side.sign)[side.order]
     strict, loose = slack[:, side.order]
@@ -186,10 +211,15 @@ class Chain:
         self.bridge = bridge
         self.rounding = products.rounding(anorm)
         self.least = 10 * products.eps * anorm
-        self.start = basis.orthogonal_to(products.random(generator), span.vectors)
+        self.mix = (span.s @ span.s.mT).to(span.vectors.device)
         self.size = products.size - len(span.theta)
-        self.held = self.start[:0]
+        self.held = span.vectors[:0]
         self.room = max(PROBE, _HELD // products.size)
+        start = products.random(generator)
+        for _ in range(3):
+            start = self._outside(start)
+            start = start / float(tree.norm(start))
+        self.start = start
         self.alphas: list[float] = []
         self.betas: list[float] = []
 
@@ -222,8 +252,10 @@ class Chain:
 
     def _outside(self, w: Tensor) -> Tensor:
         """w less its parts in V and in the held vectors: last of all, or what is left of them would grow."""
-        for rows in (self.span.vectors, self.held):
-            w = basis.subtract(w, tree.gram(rows, w), rows)
+        v = self.span.vectors
+        w = basis.subtract(w, self.mix @ tree.gram(v, w), v)
+        if len(self.held) and self.room > PROBE:
+            w = basis.subtract(w, tree.gram(self.held, w), self.held)
         return w
 
     def _projected(self, length: int) -> tuple[Tensor, Tensor]:
@@ -246,7 +278,7 @@ class Chain:
         total: Tensor = tree.combine(weights[None].to(self.held.device), self.held)
         return total
 
-    def chances(self, points: Tensor, sign: int) -> Tensor:
+    def chances(self, points: Tensor, sign: int, *, rounding: float = 1.0) -> Tensor:
         """(p,) bounds of the probability that an eigenvalue beyond each point escapes the chain so far.
 
         An eigenvector has shares c with K c = f, K = [T − λ, β e], |f| the rounding of the products, |c| bounded;
@@ -254,7 +286,7 @@ class Chain:
         share below δ with probability at most δ √(2N/π).
         """
         m = self.length
-        rounding = max(self.rounding * math.sqrt(m / self.products.size), 1e-300)
+        rounding = max(rounding * self.rounding * math.sqrt(m / self.products.size), 1e-300)
         k = torch.zeros(m, m + 1, dtype=torch.float64)
         k.diagonal().copy_(torch.tensor(self.alphas, dtype=torch.float64))
         k.diagonal(1).copy_(torch.tensor(self.betas, dtype=torch.float64))
@@ -262,7 +294,8 @@ class Chain:
         shift = torch.eye(m, m + 1, dtype=torch.float64)
         k = (sign * k - points[:, None, None] * shift) / rounding
         size = torch.diag(torch.cat([torch.full((m,), m**-0.5), torch.ones(1)]).double())
-        r = torch.linalg.qr(torch.cat([size.expand(len(points), -1, -1), k], dim=1)).R
+        # large rows first: Householder's QR then keeps the digits of the small ones
+        r = torch.linalg.qr(torch.cat([k, size.expand(len(points), -1, -1)], dim=1)).R
         first = torch.eye(m + 1, 1, dtype=torch.float64).expand(len(points), -1, -1)
         share = 3**0.5 * torch.linalg.vector_norm(torch.linalg.solve_triangular(r.mT, first, upper=False), dim=(1, 2))
         chances = share * math.sqrt(2 * self.size / math.pi)

@@ -149,7 +149,8 @@ class Run:
                 if self.j > plan.k + 1 and self.products.matvecs >= stop and self._done(ritz):
                     return ritz
                 if self.full:
-                    self.restart(ritz, plan.k + (self.rows - self.width - plan.k) // 2)
+                    count = plan.k + (self.rows - self.width - plan.k) // 2
+                    self.restart(ritz, min(count, self.rows - self.width - self.batch))
                     self.restarts += 1
             self.advance()
 
@@ -189,6 +190,7 @@ class Run:
             vectors=tree.rows(self.state.basis, 0, self.j),
             coming=tree.rows(self.state.basis, self.j, self.j + self.width),
             theta=ritz.theta,
+            s=ritz.s,
             coupling=ritz.coupling,
         )
         index = self.plan.wanted(ritz.theta)

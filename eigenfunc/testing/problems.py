@@ -213,7 +213,7 @@ class Case(_Told):
     which, tol  as `eigsh` takes them
     seed        the solver's
     start       see `Problem.start`
-    block_size  for solvers that take one
+    block_size  and basis_size: for solvers that take them; None leaves the choice to the solver
     """
 
     problem: Problem
@@ -223,6 +223,7 @@ class Case(_Told):
     seed: int = 0
     start: str = "random"
     block_size: int = 1
+    basis_size: int | None = None
 
     @property
     def wanted(self) -> Tensor:
@@ -268,7 +269,8 @@ def random_case(
     )
     which = rng.choice(WHICH)
     count = min(rng.randrange(1, 9), n)
-    top = rng.randrange(count + 1)
+    top, block = rng.randrange(count + 1), rng.choice([1, 4])
+    least = min(count + 3 + min(block, n), n)
     return Case(
         problem,
         (top, count - top) if which == "BE" and rng.random() < 0.3 else count,
@@ -276,5 +278,6 @@ def random_case(
         tol=rng.choice(TOLERANCES[dtype]),
         seed=rng.randrange(2**20),
         start=rng.choice(["random"] * 6 + ["dense", "eigenvector", "orthogonal"]),
-        block_size=rng.choice([1, 4]),
+        block_size=block,
+        basis_size=rng.choice([None, None, min(least + rng.randrange(20), n)]),
     )
