@@ -113,9 +113,11 @@ def search(
     for _ in range(CHAINS):
         chain = Chain(products, span, bridge, anorm, generator)
         for _ in chain:
+            spent = products.matvecs - begun
+            if chain.length % (1 + chain.length // 16) and spent < most:  # a look costs the cube of the length
+                continue
             for part in evidence:
                 part.weigh(chain)
-            spent = products.matvecs - begun
             open_ = [part for part in evidence if not part.closed(spent)]
             found = [part for part in evidence if part.missing]
             near = [chain.residual(part.sign) <= float(slack[1].min()) for part in found]
@@ -123,6 +125,8 @@ def search(
                 break
             if all(part.drowned(chain) for part in open_):
                 break
+        for part in evidence:
+            part.weigh(chain)
         missing = any(part.missing for part in evidence)
         wanting = [part for part in evidence if part.missing or not part.proven]
         if missing or not wanting or products.matvecs - begun >= most:

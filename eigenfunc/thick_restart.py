@@ -196,7 +196,14 @@ class Run:
         index = self.plan.wanted(ritz.theta)
         slack = torch.stack([ritz.estimates[index].clamp_min(self.floor()), self.room(ritz.theta[index])])
         finding = completeness.search(
-            self.plan, self.products, span, ritz.theta[index], slack, self.anorm, self.generator, max(100, self.spent)
+            self.plan,
+            self.products,
+            span,
+            ritz.theta[index],
+            slack,
+            self.anorm,
+            self.generator,
+            min(max(100, self.spent), 300),
         )
         self.verification += self.products.matvecs - begun
         return finding
