@@ -18,7 +18,7 @@ FLOORS = [
     {"scope"},
     {"objective", "data", "operator"},
     {"krylov", "solution", "curvature"},
-    {"certificate", "testing"},
+    {"certificate", "implicit", "testing"},
     {"plan"},
     {"completeness"},
     {"thick_restart"},
