@@ -12,26 +12,19 @@ derivatives of its own, so that second derivatives are right too.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eigenfunc import scope, tree
-from eigenfunc.curvature.mends import mended
-from eigenfunc.curvature.products import Loss, hvp
-from eigenfunc.data import fresh
+from eigenfunc import tree
+from eigenfunc.curvature.products import Loss
 from eigenfunc.errors import InputError, TransformError
 from eigenfunc.krylov import basis as vectors
 from eigenfunc.krylov.lanczos import absorb, init, step
+from eigenfunc.perturbation import Leaves, Problem, Stack, over, scaled, values_at, vectors_at
 from eigenfunc.solution import EigenPairs
 from eigenfunc.tree import Tree
-
-Leaves = Sequence[Tensor]
-Stack = list[Tensor]  # a stack of vectors as the list of its leaves
 
 
 def top_eigenpairs(
@@ -44,9 +37,9 @@ def top_eigenpairs(
     residuals  (k,) float64, ‖H v − λ v‖ from fresh products, without derivatives: whether `num_steps` were enough
 
     Pure: no host read, no branch on values. Under vmap (over stacked models, over samples, over `v0`), and
-    differentiable in every floating-point tensor of `params` and `batch`: once by grad, jvp, jacrev, twice by grad∘grad,
-    jvp∘grad and grad∘jvp. The derivatives are those of the exact pairs, so they are as good as the pairs are. What the
-    loss closes over is constant to them: pass it in the batch.
+    differentiable in every floating-point tensor of `params` and `batch`: once by grad, jvp, jacrev, twice by
+    grad∘grad, jvp∘grad and grad∘jvp. The derivatives are those of the exact pairs, so they are as good as the pairs
+    are. What the loss closes over is constant to `backward()`, and refused to torch.func: pass it in the batch.
 
     `num_steps` Lanczos steps start from `v0`, a vector shaped as `params`. A stack of b vectors makes it block
     Lanczos, which alone finds an eigenvalue of multiplicity up to b as often as it occurs. A pair that the Krylov
@@ -57,20 +50,21 @@ def top_eigenpairs(
     other's derivative: that of a sum over the whole cluster (of values, or of v vᵀ) is right, that of a single vector
     is the part that leaves the cluster. So take k such that no cluster is cut.
 
-    Raises `TreeError` where `v0` does not match, `InputError` for counts out of range, `TransformError` inside two
-    nested jvp, where torch would drop a tangent (take grad∘jvp or jvp∘grad).
+    Raises `TreeError` where `v0` does not match, `InputError` for counts out of range, `TransformError` where the loss
+    closes over a tensor that torch.func differentiates by, and inside two nested jvp, where torch would drop a tangent
+    (take grad∘jvp or jvp∘grad).
     """
     _check(params, k, num_steps, v0)
-    problem, theta = _problem(loss, params, batch, num_trips or 2 * num_steps)
+    problem, theta = over(loss, params, batch, num_trips or 2 * num_steps)
     fixed = [x.detach() for x in theta]
     found = _solve(problem, fixed, v0, k, num_steps)
-    image = problem.products(fixed, found.vectors)
-    residuals = tree.norms(tree.sub(image, _scaled(found.values, found.vectors)))
-    (values,) = _Implicit.apply(_Values(problem), found.values, *found.vectors, *theta)
-    rows = _Implicit.apply(_Vectors(problem), found.values, *found.vectors, *theta)
+    image = _constant(problem.products(fixed, found.vectors))
+    residuals = tree.norms(tree.sub(image, scaled(found.values, found.vectors)))
+    values = values_at(problem, found.values, found.vectors, theta)
+    rows = vectors_at(problem, found.values, found.vectors, theta)
     nan = torch.full_like(residuals, torch.nan)
     return EigenPairs(
-        torch.where(found.held, values, nan), problem.rebuild(list(rows)), torch.where(found.held, residuals, nan)
+        torch.where(found.held, values, nan), problem.rebuild(rows), torch.where(found.held, residuals, nan)
     )
 
 
@@ -83,9 +77,9 @@ def sharpness(
     For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many subgradients.
     """
     _check(params, 1, num_steps, v0)
-    problem, theta = _problem(loss, params, batch, num_trips or 2 * num_steps)
+    problem, theta = over(loss, params, batch, num_trips or 2 * num_steps)
     found = _solve(problem, [x.detach() for x in theta], v0, 1, num_steps)
-    (values,) = _Implicit.apply(_Values(problem), found.values, *found.vectors, *theta)
+    values = values_at(problem, found.values, found.vectors, theta)
     return values[0]
 
 
@@ -116,84 +110,13 @@ def _jvp_levels() -> int:
     return sum(level.key() == functorch.TransformType.Jvp for level in levels)
 
 
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """The loss as a function of one list of tensors: the leaves of the parameters, then all tensors of the batch."""
-
-    loss: Loss
-    rebuild: Callable[[Sequence[Any]], Tree]
-    place: Callable[[Leaves], Any]
-    count: int  # leaves of the parameters
-    trips: int
-
-    def products(self, theta: Leaves, rows: Stack) -> Stack:
-        """H(θ) times each row of a stack (p, *leaf)."""
-
-        def value(leaves: Stack, batch: Stack) -> Tensor:
-            return self.loss(self.rebuild(leaves), fresh(self.place(batch)))
-
-        def product(v: Stack) -> Stack:
-            image: Stack = hvp(value, list(theta[: self.count]), list(theta[self.count :]), v)
-            return image
-
-        if rows[0].shape[0] == 1:
-            return [leaf[None] for leaf in product([leaf[0] for leaf in rows])]
-        return list(torch.func.vmap(product, randomness="same")(rows))
-
-    def slopes(self, theta: Leaves, a: Stack, b: Stack) -> list[Tensor | None]:
-        """Derivative of Σ_i ⟨a_i, H(θ) b_i⟩ by each tensor of θ, None for integers."""
-        moving = [i for i, x in enumerate(theta) if x.is_floating_point()]
-
-        def form(floats: Stack) -> Tensor:
-            return _dots(a, self.products(_with(theta, moving, floats), b)).sum()
-
-        out: list[Tensor | None] = [None] * len(theta)
-        with scope.untouched(theta[0].device), mended():
-            for i, slope in zip(moving, torch.func.grad(form)([theta[i] for i in moving]), strict=True):
-                out[i] = slope
-        return out
-
-    def change(self, theta: Leaves, tangents: Sequence[Tensor | None], rows: Stack) -> Stack:
-        """dH rows, for the change of H along the tangents of θ."""
-        moving = [i for i, t in enumerate(tangents) if t is not None and theta[i].is_floating_point()]
-        if not moving:
-            return [torch.zeros_like(leaf) for leaf in rows]
-        along = [t for i, t in enumerate(tangents) if i in moving and t is not None]
-
-        def image(floats: Stack) -> Stack:
-            return self.products(_with(theta, moving, floats), rows)
-
-        with scope.untouched(theta[0].device), mended():
-            changed: Stack = torch.func.jvp(image, ([theta[i] for i in moving],), (along,))[1]
-        return changed
-
-
-def _with(theta: Leaves, places: Sequence[int], tensors: Leaves) -> Stack:
-    out = list(theta)
-    for i, x in zip(places, tensors, strict=True):
-        out[i] = x
-    return out
-
-
-def _problem(loss: Loss, params: Tree, batch: Any, trips: int) -> tuple[_Problem, list[Tensor]]:
-    leaves, rebuild = tree.flatten(params)
-    parts, refill = tree.flatten(batch)
-    places = [i for i, part in enumerate(parts) if isinstance(part, Tensor)]
-    constants = [None if isinstance(part, Tensor) else part for part in parts]
-
-    def place(tensors: Leaves) -> Any:
-        return refill(_with(constants, places, tensors))  # type: ignore[arg-type]
-
-    return _Problem(loss, rebuild, place, len(leaves), trips), [*leaves, *(parts[i] for i in places)]
-
-
 class _Found(NamedTuple):
     values: Tensor  # (k,)
     vectors: Stack  # (k, *leaf)
     held: Tensor  # (k,) bool: False where the Krylov space ran out
 
 
-def _solve(problem: _Problem, theta: Leaves, v0: Tree, k: int, num_steps: int) -> _Found:
+def _solve(problem: Problem, theta: Leaves, v0: Tree, k: int, num_steps: int) -> _Found:
     """The k largest Ritz pairs of block Lanczos; the rows after a breakdown come last, below the spectrum."""
     start: Stack = [leaf.detach() for leaf in tree.leaves(v0)]
     if start[0].ndim == theta[0].ndim:
@@ -202,11 +125,11 @@ def _solve(problem: _Problem, theta: Leaves, v0: Tree, k: int, num_steps: int) -
     lengths = tree.norms(start)
     q, _, first = vectors.independent(start, 10 * tree.coarsest_eps(start) * lengths)
     size = b * num_steps
-    product = problem.products(theta, q)
+    product = _constant(problem.products(theta, q))
     state = absorb(init(q, product, size + b), product, 0, b)
     state = state._replace(alive=torch.cat([first, state.alive[b:]]))
     for j in range(b, size, b):
-        state = step(state, lambda rows: problem.products(theta, rows), j, b, b)
+        state = step(state, lambda rows: _constant(problem.products(theta, rows)), j, b, b)
     alive = state.alive[:size] > 0
     t = (state.t[:size, :size] + state.t[:size, :size].mT) / 2
     below = -4 * torch.linalg.matrix_norm(t) - 1
@@ -216,170 +139,42 @@ def _solve(problem: _Problem, theta: Leaves, v0: Tree, k: int, num_steps: int) -
     return _Found(values, rows, values > below / 2)
 
 
-class _Rule(ABC):
-    """A function of a list of tensors whose derivatives are given, in terms of functions that have theirs."""
+class _Constant(torch.autograd.Function):
+    """The identity, which refuses a tangent."""
 
-    def __init__(self, problem: _Problem) -> None:
-        self.problem = problem
-
-    def split(self, inputs: Leaves) -> tuple[Tensor, Stack, Stack, Stack]:
-        """Values (k,), vectors (k, *leaf), θ, and right-hand sides (k, *leaf) where there are any."""
-        n = self.problem.count
-        rest = list(inputs[1 + n :])
-        cut = len(rest) - n if isinstance(self, _Complement) else len(rest)
-        return inputs[0], list(inputs[1 : 1 + n]), rest[:cut], rest[cut:]
-
-    def pairs(self, inputs: Leaves) -> tuple[Tensor, Stack, Stack]:
-        """Values, vectors and θ, the first two as functions of the last."""
-        values, rows, theta, _ = self.split(inputs)
-        (value,) = _Implicit.apply(_Values(self.problem), values, *rows, *theta)
-        return value, list(_Implicit.apply(_Vectors(self.problem), values, *rows, *theta)), theta
-
-    def complement(self, values: Tensor, rows: Stack, theta: Stack, right: Stack) -> Stack:
-        return list(_Implicit.apply(_Complement(self.problem), values, *rows, *theta, *right))
-
-    def resolvent(self, values: Tensor, rows: Stack, theta: Stack, right: Stack) -> Stack:
-        """(λ_i − H)⁺ right_i; pairs of one cluster are left out."""
-        gaps = values[:, None] - values[None, :]
-        apart = gaps.abs() > _resolution(values, rows)
-        weights = torch.where(apart, 1 / torch.where(apart, gaps, 1.0), 0.0)
-        inside = tree.combine(weights * tree.gram(right, rows), rows)
-        return list(tree.add(self.complement(values, rows, theta, right), inside))
-
-    @abstractmethod
-    def value(self, inputs: Leaves) -> tuple[Tensor, ...]: ...
-
-    @abstractmethod
-    def pull(self, inputs: Leaves, slopes: Leaves) -> list[Tensor | None]: ...
-
-    @abstractmethod
-    def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]: ...
-
-
-class _Implicit(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rule: _Rule, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return rule.value(inputs)
+    def forward(*image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(leaf.clone() for leaf in image)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.rule = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
+        return
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.rule.pull(ctx.saved_tensors, slopes)
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, ...]:
+        return slopes
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        out: tuple[Tensor, ...] = ctx.rule.push(ctx.saved_tensors, tangents)
-        return out
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
+        raise TransformError(_CLOSED)
 
 
-class _Values(_Rule):
-    """(λ, V, θ) -> λ, as a function of θ."""
-
-    def value(self, inputs: Leaves) -> tuple[Tensor, ...]:
-        return (inputs[0].clone(),)
-
-    def pull(self, inputs: Leaves, slopes: Leaves) -> list[Tensor | None]:
-        _, rows, theta = self.pairs(inputs)
-        return [None] * (1 + len(rows)) + self.problem.slopes(theta, _scaled(slopes[0], rows), rows)
-
-    def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        _, rows, theta = self.pairs(inputs)
-        return (_dots(rows, self.problem.change(theta, tangents[1 + len(rows) :], rows)),)
+_CLOSED = (
+    "the loss closes over a tensor that is being differentiated by, and the derivative of an eigenpair would miss it: "
+    "hand it to the loss in its batch, or detach it if it is meant as a constant"
+)
 
 
-class _Vectors(_Rule):
-    """(λ, V, θ) -> V, as a function of θ."""
-
-    def value(self, inputs: Leaves) -> tuple[Tensor, ...]:
-        return tuple(leaf.clone() for leaf in self.split(inputs)[1])
-
-    def pull(self, inputs: Leaves, slopes: Leaves) -> list[Tensor | None]:
-        values, rows, theta = self.pairs(inputs)
-        turned = self.resolvent(values, rows, theta, list(slopes))
-        return [None] * (1 + len(rows)) + self.problem.slopes(theta, turned, rows)
-
-    def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        values, rows, theta = self.pairs(inputs)
-        change = self.problem.change(theta, tangents[1 + len(rows) :], rows)
-        return tuple(self.resolvent(values, rows, theta, change))
-
-
-class _Complement(_Rule):
-    """(λ, V, θ, w) -> x with x_i ⟂ V and P (λ_i − H) x_i = P w_i, P = 1 − Vᵀ V.
-
-    Its derivative is that of the bordered system [[λ_i − H, Vᵀ], [V, 0]] [x; μ] = [w; 0], whose μ is V w.
-    """
-
-    def value(self, inputs: Leaves) -> tuple[Tensor, ...]:
-        values, rows, theta, right = self.split(inputs)
-        return tuple(_conjugate_gradients(self.problem, values, rows, theta, right))
-
-    def pull(self, inputs: Leaves, slopes: Leaves) -> list[Tensor | None]:
-        values, rows, theta, right = self.split(inputs)
-        gx = list(slopes)
-        x = self.complement(values, rows, theta, right)
-        p = self.complement(values, rows, theta, gx)
-        mu, nu = tree.gram(right, rows), tree.gram(gx, rows)
-        turned = tree.add(tree.combine(mu.mT, p), tree.combine(nu.mT, x))
-        return [-_dots(p, x), *tree.scale(-1.0, turned), *self.problem.slopes(theta, p, x), *p]
-
-    def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        values, rows, theta, right = self.split(inputs)
-        given = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)]
-        dvalues, drows, dtheta, dright = self.split(given)
-        x = self.complement(values, rows, theta, right)
-        mu = tree.gram(right, rows)
-        change = tree.sub(self.problem.change(theta, dtheta, x), _scaled(dvalues, x))
-        change = tree.sub(tree.add(dright, change), tree.combine(mu, drows))
-        dx = self.complement(values, rows, theta, change)
-        return tuple(tree.sub(dx, tree.combine(tree.gram(x, drows), rows)))
-
-
-def _conjugate_gradients(problem: _Problem, values: Tensor, rows: Stack, theta: Stack, right: Stack) -> Stack:
-    """x_i ⟂ V with P (λ_i − H) x_i = P right_i, each row frozen once it is solved or its direction belongs to V's
-    cluster; positive definite for the largest λ. M. Hestenes and E. Stiefel, J. Res. Nat. Bur. Stand. 49 (1952)."""
-
-    def projected(y: Stack) -> Stack:
-        return vectors.subtract(y, tree.gram(rows, y), rows)  # type: ignore[no-any-return]
-
-    r = projected(projected(right))
-    x: Stack = tree.zeros_like(r)
-    p, rr = r, _dots(r, r)
-    done = (torch.finfo(r[0].dtype).eps) ** 2 * rr
-    floor = _resolution(values, rows)
-    for _ in range(problem.trips):
-        image: Stack = tree.sub(_scaled(values, p), problem.products(theta, p))
-        pap, pp = _dots(p, image), _dots(p, p)
-        live = (rr > done) & (pap > floor * pp)
-        alpha = torch.where(live, rr / torch.where(live, pap, 1.0), 0.0)
-        x = tree.add(x, _scaled(alpha, p))
-        r = projected(tree.sub(r, _scaled(alpha, image)))
-        new = torch.where(live, _dots(r, r), rr)
-        beta = torch.where(live, new / torch.where(live, rr, 1.0), 0.0)
-        p = tree.add(r, _scaled(beta, p))
-        rr = torch.where(live, new, 0.0)
-    return projected(x)
-
-
-def _resolution(values: Tensor, rows: Stack) -> Tensor:
-    """Below this distance, eigenvalues cannot be told apart in the dtype of the vectors."""
-    eps: float = tree.coarsest_eps(rows) ** 0.75
-    return eps * values.detach().abs().amax()
-
-
-def _dots(x: Stack, y: Stack) -> Tensor:
-    """⟨x_i, y_i⟩ (p,), in float64, for two stacks of p vectors."""
-    parts = [(tree.matrix(a).double() * tree.matrix(b).double()).sum(1) for a, b in zip(x, y, strict=True)]
-    return torch.stack(parts).sum(0)
-
-
-def _scaled(c: Tensor, x: Stack) -> Stack:
-    """c_i x_i for c (p,) and a stack x (p, *leaf), in the dtypes of x."""
-    return [c.to(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1)) * leaf for leaf in x]
+def _constant(image: Stack) -> Stack:
+    """The image of detached tensors, detached; `TransformError` if torch.func follows it all the same."""
+    functorch: Any = torch._C._functorch
+    for leaf in image:
+        inner = leaf
+        while functorch.is_functorch_wrapped_tensor(inner):
+            if functorch.is_gradtrackingtensor(inner) and inner.requires_grad:
+                raise TransformError(_CLOSED)
+            inner = functorch.get_unwrapped(inner)
+    apply: Any = _Constant.apply
+    return [leaf.detach() for leaf in apply(*image)]
