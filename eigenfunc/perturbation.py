@@ -21,6 +21,7 @@ from torch import Tensor
 from eigenfunc import scope, tree
 from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.products import Loss, hvp
+from eigenfunc.curvature.thrice import Thrice
 from eigenfunc.data import fresh
 from eigenfunc.krylov import basis as vectors
 from eigenfunc.tree import Tree
@@ -56,7 +57,8 @@ class Problem:
             return self.loss(self.rebuild(leaves), fresh(self.place(batch)))
 
         def product(v: Stack) -> Stack:
-            image: Stack = hvp(value, list(theta[: self.count]), list(theta[self.count :]), v)
+            with Thrice():
+                image: Stack = hvp(value, list(theta[: self.count]), list(theta[self.count :]), v)
             return image
 
         if rows[0].shape[0] == 1:
