@@ -46,6 +46,9 @@ def top_eigenpairs(
     space does not hold is NaN. `num_trips` steps of conjugate gradients (default: 2 `num_steps`) apply the resolvent,
     which only derivatives of vectors and second derivatives need.
 
+    The third derivatives of the loss that this takes are torch's own, except where they are known to be wrong or missing
+    (layer and batch norms, determinants, `solve`, …), which elementary operations replace. Not under `torch.compile`.
+
     Within a cluster vectors are not functions of the matrix. Pairs closer than rounding can tell are left out of each
     other's derivative: that of a sum over the whole cluster (of values, or of v vᵀ) is right, that of a single vector
     is the part that leaves the cluster. So take k such that no cluster is cut.
@@ -80,7 +83,7 @@ def sharpness(
     problem, theta = over(loss, params, batch, num_trips or 2 * num_steps)
     found = _solve(problem, [x.detach() for x in theta], v0, 1, num_steps)
     values = values_at(problem, found.values, found.vectors, theta)
-    return values[0]
+    return torch.where(found.held[0], values[0], torch.nan)
 
 
 def _check(params: Tree, k: int, num_steps: int, v0: Tree) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from eigenfunc import EigenPairs, top_eigenpairs
+from eigenfunc import EigenPairs, sharpness, top_eigenpairs
 
 ZERO = torch.zeros(()).double()
 
@@ -118,3 +118,13 @@ def test_pairs_outside_an_exhausted_space_are_nan_and_disturb_no_other() -> None
     assert found.residuals.isnan().tolist() == [False, False, True]
     assert torch.allclose(grad(lambda B: run(B).values[0])(A), torch.outer(found.vectors[0], found.vectors[0]))
     assert torch.isfinite(grad(lambda B: run(B).vectors[0].sum())(A)).all()
+
+
+def test_a_start_vector_of_zero_gives_nan_and_a_matrix_of_zero_its_zeros() -> None:
+    def run(form: Tensor, start: Tensor) -> Tensor:
+        return sharpness(lambda p, b: p @ b @ p / 2, torch.zeros(4).double(), form, num_steps=3, v0=start)
+
+    eye, zero = torch.eye(4).double(), torch.zeros(4).double()
+    assert run(eye, zero).isnan()
+    assert run(0 * eye, zero + 1) == 0
+    assert torch.allclose(grad(run)(0 * eye, zero + 1), torch.full((4, 4), 0.25).double())
