@@ -46,8 +46,9 @@ def top_eigenpairs(
     space does not hold is NaN. `num_trips` steps of conjugate gradients (default: 2 `num_steps`) apply the resolvent,
     which only derivatives of vectors and second derivatives need.
 
-    The third derivatives of the loss that this takes are torch's own, except where they are known to be wrong or missing
-    (layer and batch norms, determinants, `solve`, …), which elementary operations replace. Not under `torch.compile`.
+    The third derivatives of the loss that this takes are torch's own, except where they are known to be wrong or
+    missing (layer and batch norms, determinants, `solve`, …): elementary operations stand in there. Not under
+    `torch.compile`.
 
     Within a cluster vectors are not functions of the matrix. Pairs closer than rounding can tell are left out of each
     other's derivative: that of a sum over the whole cluster (of values, or of v vᵀ) is right, that of a single vector
