@@ -77,8 +77,8 @@ def sharpness(
 ) -> Tensor:
     """The largest eigenvalue () float64 of the Hessian of `loss(params, batch)`: see `top_eigenpairs`.
 
-    Its gradient costs less than two products beyond the run itself, in memory that does not depend on `num_steps`.
-    For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many subgradients.
+    Its gradient evaluates the loss once more, in the time of two to four products, in memory that does not depend on
+    `num_steps`. For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many subgradients.
     """
     _check(params, 1, num_steps, v0)
     problem, theta = over(loss, params, batch, num_trips or 2 * num_steps)
