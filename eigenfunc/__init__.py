@@ -7,6 +7,7 @@ from eigenfunc.curvature.products import hvp
 from eigenfunc.data import Batches
 from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import EigenfuncError, NotConverged
+from eigenfunc.implicit import sharpness, top_eigenpairs
 from eigenfunc.krylov.lanczos import Tridiagonal, lanczos
 from eigenfunc.krylov.power import power
 from eigenfunc.lobpcg import lobpcg
@@ -37,5 +38,7 @@ __all__ = [
     "lobpcg",
     "power",
     "power_iteration",
+    "sharpness",
     "subspace_iteration",
+    "top_eigenpairs",
 ]

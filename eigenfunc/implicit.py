@@ -1,0 +1,184 @@
+"""Eigenpairs of a Hessian as differentiable functions of the parameters and of the batch.
+
+The pairs come from Lanczos on detached tensors; their derivatives come from the equation that defines them and not
+from the iterations, so they cost a few products and no graph of the steps:
+
+    dλ_i = ⟨v_i, dH v_i⟩,    dv_i = (λ_i − H)⁺ dH v_i
+
+J. Magnus, Econometric Theory 1 (1985), 179–191. The reduced resolvent (λ_i − H)⁺ is a sum over the other pairs that are
+known and, on what is orthogonal to all of them, a system that conjugate gradients solve. It is a function with
+derivatives of its own, so that second derivatives are right too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eigenfunc import tree
+from eigenfunc.curvature.products import Loss
+from eigenfunc.errors import InputError, TransformError
+from eigenfunc.krylov import basis as vectors
+from eigenfunc.krylov.lanczos import absorb, init, step
+from eigenfunc.perturbation import Leaves, Problem, Stack, over, scaled, values_at, vectors_at
+from eigenfunc.solution import EigenPairs
+from eigenfunc.tree import Tree
+
+
+def top_eigenpairs(
+    loss: Loss, params: Tree, batch: Any, *, k: int, num_steps: int, v0: Tree, num_trips: int | None = None
+) -> EigenPairs:
+    """The k largest eigenvalues of the Hessian of `loss(params, batch)`, with vectors that can be differentiated.
+
+    values     (k,) float64, falling
+    vectors    (k, *leaf), orthonormal; of either sign
+    residuals  (k,) float64, ‖H v − λ v‖ from fresh products, without derivatives: whether `num_steps` were enough
+
+    Pure: no host read, no branch on values. Under vmap (over stacked models, over samples, over `v0`), and
+    differentiable in every floating-point tensor of `params` and `batch`: once by grad, jvp, jacrev, twice by
+    grad∘grad, jvp∘grad and grad∘jvp. The derivatives are those of the exact pairs, so they are as good as the pairs
+    are. What the loss closes over is constant to `backward()`, and refused to torch.func: pass it in the batch.
+
+    `num_steps` Lanczos steps start from `v0`, a vector shaped as `params`. A stack of b vectors makes it block
+    Lanczos, which alone finds an eigenvalue of multiplicity up to b as often as it occurs. A pair that the Krylov
+    space does not hold is NaN. `num_trips` steps of conjugate gradients (default: 2 `num_steps`) apply the resolvent,
+    which only derivatives of vectors and second derivatives need.
+
+    The third derivatives of the loss that this takes are torch's own, except where they are known to be wrong or
+    missing (layer and batch norms, determinants, `solve`, …): elementary operations stand in there. Not under
+    `torch.compile`.
+
+    Within a cluster vectors are not functions of the matrix. Pairs closer than rounding can tell are left out of each
+    other's derivative: that of a sum over the whole cluster (of values, or of v vᵀ) is right, that of a single vector
+    is the part that leaves the cluster. So take k such that no cluster is cut.
+
+    Raises `TreeError` where `v0` does not match, `InputError` for counts out of range, `TransformError` where the loss
+    closes over a tensor that torch.func differentiates by, and inside two nested jvp, where torch would drop a tangent
+    (take grad∘jvp or jvp∘grad).
+    """
+    _check(params, k, num_steps, v0)
+    problem, theta = over(loss, params, batch, num_trips or 2 * num_steps)
+    fixed = [x.detach() for x in theta]
+    found = _solve(problem, fixed, v0, k, num_steps)
+    image = _constant(problem.products(fixed, found.vectors))
+    residuals = tree.norms(tree.sub(image, scaled(found.values, found.vectors)))
+    values = values_at(problem, found.values, found.vectors, theta)
+    rows = vectors_at(problem, found.values, found.vectors, theta)
+    nan = torch.full_like(residuals, torch.nan)
+    return EigenPairs(
+        torch.where(found.held, values, nan), problem.rebuild(rows), torch.where(found.held, residuals, nan)
+    )
+
+
+def sharpness(
+    loss: Loss, params: Tree, batch: Any, *, num_steps: int, v0: Tree, num_trips: int | None = None
+) -> Tensor:
+    """The largest eigenvalue () float64 of the Hessian of `loss(params, batch)`: see `top_eigenpairs`.
+
+    Its gradient evaluates the loss once more, in the time of two to four products, in memory that does not depend on
+    `num_steps`. For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many subgradients.
+    """
+    _check(params, 1, num_steps, v0)
+    problem, theta = over(loss, params, batch, num_trips or 2 * num_steps)
+    found = _solve(problem, [x.detach() for x in theta], v0, 1, num_steps)
+    values = values_at(problem, found.values, found.vectors, theta)
+    return torch.where(found.held[0], values[0], torch.nan)
+
+
+def _check(params: Tree, k: int, num_steps: int, v0: Tree) -> None:
+    tree.check_vector_space(params, "params")
+    tree.check_like(v0, params, "v0", stacked=_stacked(v0, params))
+    width = tree.leaves(v0)[0].shape[0] if _stacked(v0, params) else 1
+    if num_steps < 1 or not 1 <= k <= min(tree.size(params), num_steps * width):
+        raise InputError(
+            f"k={k} pairs from num_steps={num_steps} steps of width {width} for {tree.size(params)} parameters: k lies "
+            "between 1 and the smaller of steps times width and the number of parameters"
+        )
+    if _jvp_levels() > 1:
+        raise TransformError(
+            "eigenpairs inside two nested torch.func.jvp (or jacfwd): torch drops the outer tangent there without a "
+            "word; take grad(jvp(...)) or jvp(grad(...)) for second derivatives"
+        )
+
+
+def _stacked(v0: Tree, params: Tree) -> bool:
+    ours, theirs = tree.leaves(v0), tree.leaves(params)
+    return bool(ours) and isinstance(ours[0], Tensor) and ours[0].ndim == theirs[0].ndim + 1
+
+
+def _jvp_levels() -> int:
+    functorch: Any = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or []
+    return sum(level.key() == functorch.TransformType.Jvp for level in levels)
+
+
+class _Found(NamedTuple):
+    values: Tensor  # (k,)
+    vectors: Stack  # (k, *leaf)
+    held: Tensor  # (k,) bool: False where the Krylov space ran out
+
+
+def _solve(problem: Problem, theta: Leaves, v0: Tree, k: int, num_steps: int) -> _Found:
+    """The k largest Ritz pairs of block Lanczos; the rows after a breakdown come last, below the spectrum."""
+    start: Stack = [leaf.detach() for leaf in tree.leaves(v0)]
+    if start[0].ndim == theta[0].ndim:
+        start = tree.lifted(start)
+    b = start[0].shape[0]
+    lengths = tree.norms(start)
+    q, _, first = vectors.independent(start, 10 * tree.coarsest_eps(start) * lengths)
+    size = b * num_steps
+    product = _constant(problem.products(theta, q))
+    state = absorb(init(q, product, size + b), product, 0, b)
+    state = state._replace(alive=torch.cat([first, state.alive[b:]]))
+    for j in range(b, size, b):
+        state = step(state, lambda rows: _constant(problem.products(theta, rows)), j, b, b)
+    alive = state.alive[:size] > 0
+    t = (state.t[:size, :size] + state.t[:size, :size].mT) / 2
+    below = -4 * torch.linalg.matrix_norm(t) - 1
+    values, s = torch.linalg.eigh(torch.where(alive[:, None] & alive[None, :], t, torch.diag_embed(below.expand(size))))
+    values, s = values.flip(0)[:k], s.flip(1)[:, :k]
+    rows: Stack = tree.combine(s.mT, tree.rows(state.basis, 0, size))
+    return _Found(values, rows, values > below / 2)
+
+
+class _Constant(torch.autograd.Function):
+    """The identity, which refuses a tangent."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(leaf.clone() for leaf in image)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        return
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, ...]:
+        return slopes
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
+        raise TransformError(_CLOSED)
+
+
+_CLOSED = (
+    "the loss closes over a tensor that is being differentiated by, and the derivative of an eigenpair would miss it: "
+    "hand it to the loss in its batch, or detach it if it is meant as a constant"
+)
+
+
+def _constant(image: Stack) -> Stack:
+    """The image of detached tensors, detached; `TransformError` if torch.func follows it all the same."""
+    functorch: Any = torch._C._functorch
+    for leaf in image:
+        inner = leaf
+        while functorch.is_functorch_wrapped_tensor(inner):
+            if functorch.is_gradtrackingtensor(inner) and inner.requires_grad:
+                raise TransformError(_CLOSED)
+            inner = functorch.get_unwrapped(inner)
+    apply: Any = _Constant.apply
+    return [leaf.detach() for leaf in apply(*image)]

@@ -1,0 +1,152 @@
+"""Third and fourth derivatives, against differences of second ones, where torch's own are wrong or missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, jvp
+
+from eigenfunc import functional_loss, hvp, sharpness, tree
+from eigenfunc.curvature.mends import mended
+from eigenfunc.curvature.thrice import Thrice
+
+ZERO = torch.zeros(()).double()
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mixed(y: Tensor) -> Tensor:
+    return (y * torch.linspace(0.5, 1.5, y.numel()).double().reshape(y.shape)).sin().sum()
+
+
+def rows(x: Tensor) -> Tensor:
+    return x.reshape(6, 4)
+
+
+def definite(x: Tensor) -> Tensor:
+    return rows(x).mT @ rows(x) + torch.eye(4)
+
+
+OTHER = draw(6, 4, seed=9)
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer norm": lambda x: mixed(F.layer_norm(rows(x), (4,), x[:4], x[4:8])),
+    "layer norm over two axes": lambda x: mixed(F.layer_norm(x.reshape(2, 3, 4), (3, 4))),
+    "batch norm": lambda x: mixed(F.batch_norm(rows(x), None, None, x[:4], x[4:8], training=True)),
+    "batch norm of pictures": lambda x: mixed(F.batch_norm(x.reshape(2, 3, 2, 2), None, None, x[:3], training=True)),
+    "batch norm at rest": lambda x: mixed(F.batch_norm(rows(x), OTHER[0], OTHER[1] ** 2, x[:4], x[4:8])),
+    "instance norm": lambda x: mixed(F.instance_norm(x.reshape(2, 3, 4), weight=x[:3], bias=x[3:6])),
+    "glu": lambda x: mixed(F.glu(rows(x))),
+    "normalize": lambda x: mixed(F.normalize(rows(x))),
+    "cosine similarity": lambda x: mixed(F.cosine_similarity(rows(x), OTHER)),
+    "vector norm": lambda x: mixed(torch.linalg.vector_norm(rows(x), dim=1)),
+    "norm": lambda x: x.norm() * mixed(x),
+    "std": lambda x: mixed(rows(x).std(1)) + mixed(torch.std(rows(x), dim=0, keepdim=True)),
+    "solve": lambda x: mixed(torch.linalg.solve(definite(x), OTHER.mT)) + mixed(torch.linalg.solve(definite(x), x[:4])),
+    "logdet": lambda x: torch.logdet(definite(x)),
+    "slogdet": lambda x: torch.linalg.slogdet(-rows(x)[:3, :3]).logabsdet,
+    "det": lambda x: torch.linalg.det(rows(x)[:4] / 2),
+    "softmax": lambda x: mixed(F.softmax(rows(x), 1)),
+    "group norm": lambda x: mixed(F.group_norm(x.reshape(2, 4, 3), 2)),
+    "gelu": lambda x: mixed(F.gelu(x)),
+    "convolution": lambda x: mixed(F.conv1d(x.reshape(2, 2, 6), x[:12].reshape(3, 2, 2))),
+}
+
+
+def slope(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda t: jvp(f, (t,), (torch.ones_like(t),))[1]
+
+
+def difference(f: Callable[[Tensor], Tensor], h: float = 1e-4) -> Tensor:
+    def central(h: float) -> Tensor:
+        return (f(ZERO + h) - f(ZERO - h)) / (2 * h)
+
+    return (4 * central(h) - central(2 * h)) / 3
+
+
+def close(x: Tensor, y: Tensor, tolerance: float = 1e-6) -> bool:
+    return bool((x - y).abs() <= tolerance * (y.abs() + 1e-2))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_third_and_fourth_derivatives(name: str) -> None:
+    f, x = FUNCTIONS[name], 0.7 * draw(24, seed=1)
+    v, a, way = draw(24, seed=2), draw(24, seed=3), draw(24, seed=4)
+
+    def second(t: Tensor) -> Tensor:
+        with Thrice():
+            product: Tensor = hvp(lambda p, _: f(p), x + t * way, None, v)
+        return product @ a
+
+    with Thrice():
+        elementary = f(x)
+    assert close(elementary, f(x), 1e-10)
+    assert close(second(ZERO), hvp(lambda p, _: f(p), x, None, v) @ a, 1e-9)
+    with mended():
+        third = difference(second)
+        assert close(grad(second)(ZERO), third)
+        assert close(slope(second)(ZERO), third)
+        fourth = difference(grad(second))
+        assert close(grad(grad(second))(ZERO), fourth)
+        assert close(slope(grad(second))(ZERO), fourth)
+
+
+def test_norms_of_zero_have_slope_zero_and_other_orders_are_left_to_torch() -> None:
+    with Thrice():
+        assert torch.equal(grad(lambda x: x.norm())(torch.zeros(3)), torch.zeros(3))
+        for order in (1, 3, float("inf")):
+            mine = torch.linalg.vector_norm(OTHER, order, 1)
+            assert torch.equal(mine, torch.linalg.vector_norm(OTHER, ord=order, dim=1))
+        assert close(torch.norm(OTHER, 1), OTHER.abs().sum(), 1e-12)
+        assert torch.logdet(-torch.eye(3)).isnan()
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, activation="gelu")
+        self.out = nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.layer(self.embedding(x))).flatten(0, 1)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], nn.Module, Any]] = {
+    "transformer": (Encoder, nn.CrossEntropyLoss(), (torch.arange(15).reshape(3, 5) % 7, torch.arange(15) % 5)),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(64, 3)),
+        nn.CrossEntropyLoss(),
+        (draw(5, 1, 6, 6), torch.arange(5) % 3),
+    ),
+    "squared error": (
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)),
+        nn.MSELoss(),
+        (OTHER, OTHER[:, :2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sharpness_of_common_models_has_its_derivatives(name: str) -> None:
+    build, criterion, batch = MODELS[name]
+    with torch.random.fork_rng():
+        model = build()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.data = draw(*p.shape, seed=i) / (p.shape[-1] ** 0.5 if p.ndim > 1 else 2) + (p.ndim == 1)
+        model.double()
+    loss, params = functional_loss(model, criterion)
+    start, way = ({name: draw(*p.shape, seed=s + i) for i, (name, p) in enumerate(params.items())} for s in (100, 200))
+
+    def f(t: Tensor) -> Tensor:
+        return sharpness(loss, tree.add(params, tree.scale(t, way)), batch, num_steps=30, v0=start)
+
+    assert close(grad(f)(ZERO), difference(f), 1e-6)
+    assert close(slope(grad(f))(ZERO), difference(grad(f)), 1e-5)
