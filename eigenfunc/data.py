@@ -182,7 +182,7 @@ def _random_sources(data: Any) -> list[tuple[Callable[[], Any], Callable[[Any], 
 def fresh(batch: Any) -> Any:
     """The batch in dicts and lists of its own, for losses that take items out of them."""
     if torch.compiler.is_compiling():
-        return _rebuilt(batch)
+        return _refreshed(batch)
     if isinstance(batch, (MutableMapping, list)):
         try:
             copied = copy.copy(batch)
@@ -196,12 +196,12 @@ def fresh(batch: Any) -> Any:
     return batch
 
 
-def _rebuilt(batch: Any) -> Any:
+def _refreshed(batch: Any) -> Any:
     """`fresh` without `copy`, which compilers do not trace; containers of other types stay as they are."""
     if type(batch) is dict:
-        return {key: _rebuilt(part) for key, part in batch.items()}
+        return {key: _refreshed(part) for key, part in batch.items()}
     if type(batch) in (list, tuple):
-        return type(batch)([_rebuilt(part) for part in batch])
+        return type(batch)([_refreshed(part) for part in batch])
     return batch
 
 
