@@ -37,6 +37,7 @@ def clocked(solver: Solver, values: Tensor, num_steps: int) -> tuple[float, Trid
 
 
 def measure(n: int, num_steps: int, rounds: int, progress: tqdm[None]) -> Outcome:
+    torch.compiler.reset()
     values = torch.linspace(-1, 2, n) ** 3
     _, reference = clocked(lanczos, values, num_steps)
     first, out = clocked(run, values, num_steps)
@@ -68,7 +69,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tqdm(total=len(args.sizes) * args.rounds) as progress:
         results = {n: measure(n, args.steps, args.rounds, progress) for n in args.sizes}
-    print(f"{machine()}; float32, {args.steps} steps, {args.rounds} rounds in turns, medians", table(results), sep="\n\n")
+    print(
+        f"{machine()}; float32, {args.steps} steps, {args.rounds} rounds in turns, medians", table(results), sep="\n\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Lanczos by one compiled step in a loop: compiled once, whatever the number of steps.
 
 The compiled part is pure. It sees the finished rows of the basis as an input of dynamic length, behind a row of zeros
-so that the length is never one, and returns the new row, which the loop writes in place.
+so that the couplings are its last entries, and returns the new row, which the loop writes in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,16 +55,18 @@ def run(
     the dtypes of `v0`. Writes in place and so is not differentiable: use `lanczos` there.
     """
     step: Callable[[MatVec, Tree, Tensor], Row] = advance
+    room: AbstractContextManager[Any] = nullcontext()
     if compile:
-        step = torch.compile(advance, fullgraph=True, backend=backend)
+        step, room = torch.compile(advance, fullgraph=True, backend=backend), _roomy()
     start = tree.tree_map(lambda leaf: leaf.detach()[None], v0)
     anorm = torch.zeros_like(tree.norms(start)[0])
     q, _, alive = vectors.normalised(start, anorm)
     basis = vectors.write(vectors.allocate(q, num_steps + 2), 1, q)
     alphas, betas, lives = [], [], [alive[0]]
-    with _roomy():
+    with room:
         for j in range(num_steps):
-            row = step(matvec, _growing(basis, j + 2), anorm)
+            seen = tree.rows(basis, 0, j + 2)
+            row = step(matvec, _growing(seen) if compile else seen, anorm)
             vectors.write(basis, j + 2, row.q)
             anorm = row.anorm
             alphas.append(row.alpha)
@@ -78,15 +81,16 @@ def run(
     )
 
 
-def _growing(basis: Tree, stop: int) -> Tree:
-    """The first rows of the basis, their number not compiled in."""
-    seen = tree.rows(basis, 0, stop)
+def _growing(seen: Tree) -> Tree:
+    """`seen` with a number of rows, the same in all leaves, that the compiler takes as unknown: no size is special."""
+    decorators: Any = torch._dynamo.decorators
     for leaf in tree.leaves(seen):
-        torch._dynamo.mark_dynamic(leaf, 0)
+        decorators.mark_unbacked(leaf, 0, shape_id="rows")
     return seen
 
 
-def _roomy() -> Any:
-    """Each matrix and each shape is compiled anew, and the compiler gives up at the eighth unless told otherwise."""
+def _roomy() -> AbstractContextManager[Any]:
+    """Each matrix is compiled anew, and the compiler gives up at the ninth unless told otherwise."""
     config: Any = torch._dynamo.config
-    return config.patch(recompile_limit=_SHAPES)
+    room: AbstractContextManager[Any] = config.patch(recompile_limit=_SHAPES)
+    return room
