@@ -93,7 +93,11 @@ def weight_norm(params: Params, batch: Any) -> Tensor:
     return torch.tanh(batch[0] @ torch._weight_norm(params["w"], params["b"][:, None], 0).mT).pow(3).sum()
 
 
-LOSSES = [smooth, unused, mse, distances, attention, constant_norm, constant_data, weight_norm]
+def padded_embedding(params: Params, batch: Any) -> Tensor:
+    return F.embedding(torch.tensor([0, 2, 1, 0]), params["w"], padding_idx=0, sparse=True).pow(3).sum()
+
+
+LOSSES = [smooth, unused, mse, padded_embedding, distances, attention, constant_norm, constant_data, weight_norm]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -224,35 +228,33 @@ def span(block: Any) -> Tensor:
     return rows.mT @ rows
 
 
-@pytest.mark.parametrize("kind", ["matrix", "hvp"])
-def test_steps_of_blocks_trace(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "backend"), [("matrix", "aot_eager"), ("hvp", "eager")])
+def test_steps_of_blocks_trace(kind: str, backend: str) -> None:
     block = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).double()
     matmat: Callable[[Any], Any] = dense
     if kind == "hvp":
         block, matmat = tree.stack([random_like(W, i) for i in range(2)]), torch.func.vmap(product)
     for module in (subspace, lobpcg):
         start = module.init(block, matmat)
-        found = traced(lambda s, step=module.step: step(s, matmat), start)
+        found = traced(lambda s, step=module.step: step(s, matmat), start, backend=backend)
         truth = module.step(start, matmat)
         assert_same((found.values, found.residuals), (truth.values, truth.residuals), 1e-11)
         assert_same(span(found.vectors), span(truth.vectors), 1e-11)
 
 
-@pytest.mark.parametrize("kind", STARTS)
-def test_unrolled_runs_trace(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "backend"), [("matrix", "aot_eager"), ("hvp", "eager")])
+def test_unrolled_runs_trace(kind: str, backend: str) -> None:
     v0, matvec, _ = STARTS[kind]
-    for solver, steps in ((eigenfunc.lanczos, 4), (eigenfunc.power, 3)):
-        found = traced(lambda v, solver=solver, steps=steps: solver(matvec, v, steps), v0, backend="eager")
-        assert_same(tuple(found), tuple(solver(matvec, v0, steps)))
-    found = traced(lambda v: eigenfunc.lanczos(matvec, v, 3), v0)
-    assert_same(tuple(found), tuple(eigenfunc.lanczos(matvec, v0, 3)))
+    for solver in (eigenfunc.lanczos, eigenfunc.power):
+        found = traced(lambda v, solver=solver: solver(matvec, v, 3), v0, backend=backend)
+        assert_same(tuple(found), tuple(solver(matvec, v0, 3)))
 
 
 @pytest.mark.parametrize("kind", STARTS)
 def test_a_looped_step_is_compiled_once_and_gives_what_lanczos_gives(kind: str) -> None:
     v0, matvec, _ = STARTS[kind]
     counter = CompileCounter()
-    for steps in (1, 5, 9, 2):
+    for steps in (1, 7, 3):
         truth = tuple(eigenfunc.lanczos(matvec, v0, steps))
         assert_same(tuple(run(matvec, v0, steps, backend=counter)), truth)
         assert_same(tuple(run(matvec, v0, steps, compile=False)), truth)
@@ -262,10 +264,10 @@ def test_a_looped_step_is_compiled_once_and_gives_what_lanczos_gives(kind: str) 
 
 def test_many_matrices_can_be_compiled_in_one_process() -> None:
     counter = CompileCounter()
-    for n in range(2, 14):
-        matvec = eval("lambda v: v * scale", {"scale": torch.arange(1.0, n + 1).double()})  # code of its own
-        run(matvec, torch.ones(n).double(), 2, backend=counter)
-    assert counter.frame_count >= 12
+    with torch._dynamo.config.patch(recompile_limit=1):
+        run(lambda v: A @ v, V, 2, backend=counter)
+        run(lambda v: A @ (2 * v), V, 2, backend=counter)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

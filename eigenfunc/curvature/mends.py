@@ -193,8 +193,10 @@ class Traceable(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _read_data:
             return args[0].detach()
+        if func is Tensor.unflatten:  # which calls super(), untraceably under a mode
+            return torch.unflatten(*args, **(kwargs or {}))
         named = {name: value for name, value in (kwargs or {}).items() if value is not None}
-        formula = _TRACED.get(func)
+        formula = SWAPS.get(func)
         if formula is None or named.get("inplace") or not set(named) <= _TAKEN[func]:
             return func(*args, **(kwargs or {}))
         return formula(*args, **named)
@@ -209,8 +211,4 @@ def show_all_calls() -> None:
 show_all_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
 
 _read_data: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
-_TRACED: dict[Any, Callable[..., Any]] = {**SWAPS, Tensor.unflatten: torch.unflatten}
-_TAKEN = {
-    **{func: frozenset(inspect.signature(formula).parameters) for func, formula in SWAPS.items()},
-    Tensor.unflatten: frozenset({"dim", "sizes"}),
-}
+_TAKEN = {func: frozenset(inspect.signature(formula).parameters) for func, formula in SWAPS.items()}
