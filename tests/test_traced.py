@@ -25,7 +25,6 @@ Y = torch.randn(6, 3, generator=G).double()
 A = rotated(torch.linspace(-1, 3, 12), 1)
 V = torch.randn(12, generator=G).double()
 W = {"w": X[:3] / 2, "b": Y[0]}  # not in the order of the keys
-BACKENDS = ("eager", "aot_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +175,7 @@ def trees(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.recursive(st.builds(lambda: torch.zeros(1)), trees, max_leaves=5))
 def test_trees_are_traversed_in_the_same_order(structure: Any) -> None:
     flat, rebuild = tree.flatten(structure)
@@ -206,8 +205,7 @@ def products(block: Params) -> Params:
 STARTS = {"matrix": (V, lambda v: A @ v, dense), "hvp": (random_like(W), product, products)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize(("kind", "backend"), [("matrix", "eager"), ("matrix", "aot_eager"), ("hvp", "aot_eager")])
 def test_single_steps_trace(kind: str, backend: str) -> None:
     v0, matvec, matmat = STARTS[kind]
     unit = tree.lifted(tree.scale(1 / tree.norm(v0), v0))
@@ -245,7 +243,7 @@ def test_steps_of_blocks_trace(kind: str, backend: str) -> None:
 @pytest.mark.parametrize(("kind", "backend"), [("matrix", "aot_eager"), ("hvp", "eager")])
 def test_unrolled_runs_trace(kind: str, backend: str) -> None:
     v0, matvec, _ = STARTS[kind]
-    for solver in (eigenfunc.lanczos, eigenfunc.power):
+    for solver in (eigenfunc.lanczos, eigenfunc.power)[: 1 if kind == "hvp" else 2]:
         found = traced(lambda v, solver=solver: solver(matvec, v, 3), v0, backend=backend)
         assert_same(tuple(found), tuple(solver(matvec, v0, 3)))
 
