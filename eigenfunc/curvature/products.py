@@ -268,7 +268,8 @@ def seeded_hvp(loss: Loss, params: Tree, batch: Any, v: Tree, seed: int | None) 
 def traced_hvp(loss: Loss, params: Tree, batch: Any, v: Tree) -> Tree:
     """`hvp` for torch.compile, without graph breaks: the pull-back of the gradient.
 
-    Reverse over reverse, because the compiler keeps `torch.no_grad()` from gradients but not from tangents.
+    Reverse over reverse, because the compiler keeps `torch.no_grad()` from gradients but not from tangents. Unlike in
+    eager mode, a loss that draws random numbers moves the global random state.
     """
     show_all_calls()
     with sdpa_kernel(SDPBackend.MATH), Traceable():
