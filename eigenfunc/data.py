@@ -181,6 +181,8 @@ def _random_sources(data: Any) -> list[tuple[Callable[[], Any], Callable[[Any], 
 
 def fresh(batch: Any) -> Any:
     """The batch in dicts and lists of its own, for losses that take items out of them."""
+    if torch.compiler.is_compiling():
+        return _refreshed(batch)
     if isinstance(batch, (MutableMapping, list)):
         try:
             copied = copy.copy(batch)
@@ -191,6 +193,15 @@ def fresh(batch: Any) -> Any:
         return copied
     if type(batch) is tuple:
         return tuple(fresh(part) for part in batch)
+    return batch
+
+
+def _refreshed(batch: Any) -> Any:
+    """`fresh` without `copy`, which compilers do not trace; containers of other types stay as they are."""
+    if type(batch) is dict:
+        return {key: _refreshed(part) for key, part in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)([_refreshed(part) for part in batch])
     return batch
 
 

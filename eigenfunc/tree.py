@@ -246,7 +246,7 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None
     """
     x_leaves, x_spec = optree.tree_flatten(x)
     refs, spec = optree.tree_flatten(like)
-    if x_spec != spec:
+    if not _alike(x, x_spec, like, spec):
         raise TreeError(f"{what} has structure {x_spec}, expected {spec}")
     lengths = set()
     for name, leaf, ref in zip(names(like), x_leaves, refs, strict=True):
@@ -268,6 +268,15 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None
             raise TreeError(f"{where} is on {leaf.device}, expected {ref.device}")
     if len(lengths) > 1:
         raise TreeError(f"{what}: leaves carry different numbers of vectors: {sorted(lengths)}")
+
+
+def _alike(x: Tree, x_spec: Any, like: Tree, spec: Any) -> bool:
+    """Whether the structures are the same, whatever the order in which dicts were filled: what the compiler has for a
+    structure remembers that."""
+    if torch.compiler.is_compiling():
+        return optree.tree_paths(x) == optree.tree_paths(like)
+    same: bool = x_spec == spec
+    return same
 
 
 def chosen(all_names: Sequence[str], select: Select, what: str) -> list[str]:

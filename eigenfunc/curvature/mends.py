@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -184,3 +185,30 @@ def mended(seen: Seen | None = None) -> Iterator[Seen]:
         for mend in MENDS.values():
             stack.enter_context(mend(seen))
         yield seen
+
+
+class Traceable(TorchFunctionMode):
+    """The elementary formulas, and `.data` as a constant, in what torch.compile can trace: no signature is bound."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _read_data:
+            return args[0].detach()
+        if func is Tensor.unflatten:  # which calls super(), untraceably under a mode
+            return torch.unflatten(*args, **(kwargs or {}))
+        named = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        formula = SWAPS.get(func)
+        if formula is None or named.get("inplace") or not set(named) <= _TAKEN[func]:
+            return func(*args, **(kwargs or {}))
+        return formula(*args, **named)
+
+
+def show_all_calls() -> None:
+    """Have the compiler hand to modes also the calls that it does not list as overridable; run while it traces."""
+    rules: Any = importlib.import_module("torch._dynamo.variables.torch")
+    rules.get_overridable_functions().update({_read_data, torch._weight_norm})
+
+
+show_all_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
+
+_read_data: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
+_TAKEN = {func: frozenset(inspect.signature(formula).parameters) for func, formula in SWAPS.items()}

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature.held import Held
-from eigenfunc.curvature.mends import mended
+from eigenfunc.curvature.mends import Traceable, mended, show_all_calls
 from eigenfunc.data import fresh
 from eigenfunc.errors import ObjectiveError
 from eigenfunc.tree import Tree
@@ -249,6 +250,8 @@ def hvp(loss: Loss, params: Tree, batch: Any, v: Tree) -> Tree:
     """
     tree.check_vector_space(params, "params")
     tree.check_like(v, params, "v")
+    if torch.compiler.is_compiling():
+        return traced_hvp(loss, params, batch, v)
     constant = not torch.is_grad_enabled() and not scope.inside_transform()
     image = seeded_hvp(loss, params, batch, v, None)
     return tree.tree_map(torch.detach, image) if constant else image
@@ -260,3 +263,15 @@ def seeded_hvp(loss: Loss, params: Tree, batch: Any, v: Tree, seed: int | None) 
         params, batch, v = scope.usable(params), scope.usable(batch), scope.usable(v)
         leaves, rebuild = tree.flatten(params)
         return rebuild(jvp(of_leaves(loss, batch, params, seed), leaves).single(tree.leaves(v)))
+
+
+def traced_hvp(loss: Loss, params: Tree, batch: Any, v: Tree) -> Tree:
+    """`hvp` for torch.compile, without graph breaks: the pull-back of the gradient.
+
+    Reverse over reverse, because the compiler keeps `torch.no_grad()` from gradients but not from tangents. Unlike in
+    eager mode, a loss that draws random numbers moves the global random state.
+    """
+    show_all_calls()
+    with sdpa_kernel(SDPBackend.MATH), Traceable():
+        leaves, rebuild = tree.flatten(params)
+        return rebuild(vjp(of_leaves(loss, batch, params), leaves).single(tree.leaves(v)))

@@ -29,12 +29,12 @@ def write(target: Tree, start: int, block: Tree) -> Tree:
     """`target` with rows start, start+1, … replaced by `block`.
 
     In place where nobody can notice, since copying the basis would cost more than all the rest of a step;
-    out of place where reverse-mode differentiation has to remember the old rows.
+    out of place where reverse-mode differentiation has to remember the old rows, and where a compiler decides itself.
     """
 
     def one(leaf: Tensor, rows: Tensor) -> Tensor:
         stop = start + rows.shape[0]
-        if _tracked(rows) or _tracked(leaf):
+        if torch.compiler.is_compiling() or _tracked(rows) or _tracked(leaf):
             return torch.cat([leaf[:start], rows, leaf[stop:]])
         leaf[start:stop] = rows
         return leaf
