@@ -99,7 +99,12 @@ class Products:
 
     def floor(self, anorm: float) -> float:
         """Residuals are not told apart below this, for an operator of norm `anorm`."""
-        return max(max(2 * self.eps, 64 * _EPS, 4 * min(self.noise, self.roundoff)) * anorm, 2 * self.declared)
+        return max(self.aim(anorm), 8 * self.eps * anorm)
+
+    def aim(self, anorm: float) -> float:
+        """What residuals can come down to, if all goes well."""
+        noise = 4 * min(self.noise, self.roundoff)
+        return max(max(2 * self.eps, 64 * _EPS, noise) * anorm, 2 * self.declared)
 
 
 def non_finite(index: int) -> str:

@@ -165,7 +165,8 @@ class Run:
         """Every wanted estimate meets its target, and no other Ritz interval reaches in among the wanted values."""
         index = self.plan.wanted(ritz.theta)
         theta = ritz.theta[index]
-        target = self.target(theta).clamp_min(self._grain() * self.anorm)
+        least = max(self.products.aim(self.anorm), self._grain() * self.anorm)
+        target = (self.plan.tol * theta.abs()).clamp_min(least)
         ratio = float((ritz.estimates[index] / target.clamp_min(1e-300)).max())
         if self.bar is not None:
             self.bar.update(self.products.matvecs - self.bar.n)
