@@ -11,7 +11,7 @@ from torch import Tensor
 from eigenfunc import scope, tree
 from eigenfunc.errors import InputError, NonFiniteError, TransformError
 from eigenfunc.krylov import basis
-from eigenfunc.operator import LinearOperator, MatVec
+from eigenfunc.operator import LinearOperator, MatVec, aslinearoperator
 from eigenfunc.tree import Tree
 
 _EPS = torch.finfo(torch.float64).eps  # of the small projected problem
@@ -24,14 +24,15 @@ class Products:
     the range of the dtype. `noise` is the relative error of a product, measured by forming one in two ways.
     """
 
-    def __init__(self, A: LinearOperator) -> None:
+    def __init__(self, A: Any) -> None:
         if scope.inside_transform():
             raise TransformError(
                 "solvers with a convergence test read values, which no torch.func transform allows; inside vmap, grad "
                 "or jvp use eigenfunc.lanczos or eigenfunc.power, which run a fixed number of steps"
             )
+        A = aslinearoperator(A)
         tree.check_vector_space(A.like, "the operator's `like`")
-        self.A = A
+        self.A: LinearOperator = A
         self.size = A.size
         self.dtype = tree.work_dtype(A.like)
         self.eps = torch.finfo(self.dtype).eps

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from eigenfunc import endgame, scope
 from eigenfunc.certificate import Products, seeded, start_block
 from eigenfunc.errors import InputError
-from eigenfunc.operator import aslinearoperator
 from eigenfunc.plan import plan_for
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
@@ -70,7 +69,7 @@ def eigsh(
     Appl. 22 (2000).
     """
     begun = time.perf_counter()
-    products = Products(aslinearoperator(A))
+    products = Products(A)
     plan = plan_for(
         k,
         which,

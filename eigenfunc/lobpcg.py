@@ -15,7 +15,7 @@ from eigenfunc.certificate import Certified, Products, seeded, start_block, whol
 from eigenfunc.completeness import PROBE, Finding, Limits
 from eigenfunc.errors import InputError
 from eigenfunc.krylov import basis, lobpcg as kernel, span
-from eigenfunc.operator import MatVec, aslinearoperator
+from eigenfunc.operator import MatVec
 from eigenfunc.plan import plan_for
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run
@@ -64,7 +64,7 @@ def lobpcg(
     begun = time.perf_counter()
     if which not in ("LA", "SA"):
         raise InputError(f"which must be 'LA' or 'SA', got {which!r}; for both ends or the largest in magnitude: eigsh")
-    products = Products(aslinearoperator(A))
+    products = Products(A)
     plan = plan_for(k, which, tol, products.size)
     size = blocks.sized(block_size, plan.k, max(plan.k // 4, 2), plan.n)
     max_steps = whole(max_steps, "max_steps", 1)

@@ -16,7 +16,7 @@ from eigenfunc import endgame, scope
 from eigenfunc.certificate import Products, non_finite, seeded, start_block, whole
 from eigenfunc.errors import InputError, NonFiniteError
 from eigenfunc.krylov import basis, power
-from eigenfunc.operator import MatVec, aslinearoperator
+from eigenfunc.operator import MatVec
 from eigenfunc.plan import plan_for
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run
@@ -56,13 +56,12 @@ def power_iteration(
     Momentum: C. De Sa et al., Accelerated Stochastic Power Iteration, AISTATS 2018.
     """
     begun = time.perf_counter()
-    A = aslinearoperator(A)
     products = Products(A)
     plan = plan_for(k, "LM", tol, products.size)
     max_steps = whole(max_steps, "max_steps", 1)
     if not (isinstance(momentum, (int, float)) and 0 <= momentum < float("inf")):
         raise InputError(f"momentum must be a finite number, not negative, got {momentum!r}")
-    if stochastic and A.minibatches is None:
+    if stochastic and products.A.minibatches is None:
         raise InputError("stochastic=True needs an operator over Batches or a DataLoader, such as hessian(...) makes")
     generator, seed = seeded(seed)
     first = start_block(v0, 1, products, generator)

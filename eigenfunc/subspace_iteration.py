@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from eigenfunc import blocks, scope
 from eigenfunc.certificate import Products, seeded, start_block, whole
 from eigenfunc.krylov import subspace as kernel
-from eigenfunc.operator import aslinearoperator
 from eigenfunc.plan import plan_for
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run
@@ -50,7 +49,7 @@ def subspace_iteration(
     F. Bauer, Z. Angew. Math. Phys. 8 (1957); H. Rutishauser, Numer. Math. 13 (1969).
     """
     begun = time.perf_counter()
-    products = Products(aslinearoperator(A))
+    products = Products(A)
     plan = plan_for(k, "LM", tol, products.size)
     size = blocks.sized(block_size, plan.k, min(max(plan.k, 2), 8), plan.n)
     max_steps = whole(max_steps, "max_steps", 1)

@@ -10,8 +10,18 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from benchmarks.spectra import diagonal, hess
-from eigenfunc import Batches, LinearOperator, eigsh, functional_loss, hessian, tree
-from eigenfunc.errors import InputError
+from eigenfunc import (
+    Batches,
+    LinearOperator,
+    eigsh,
+    functional_loss,
+    hessian,
+    lobpcg,
+    power_iteration,
+    subspace_iteration,
+    tree,
+)
+from eigenfunc.errors import InputError, TransformError
 from eigenfunc.krylov import lanczos as kernel
 from eigenfunc.plan import plan_for
 from tests.helpers import assert_certified, rotated
@@ -203,3 +213,9 @@ def test_trees_and_blocks_go_together() -> None:
     operator = LinearOperator(lambda v: tree.unravel(A @ tree.ravel(v, like), like), like)
     solution = eigsh(operator, 3, which="LA", tol=1e-9, seed=0, block_size=2)
     assert_certified(solution, A, 3, "LA")
+
+
+@pytest.mark.parametrize("solver", [eigsh, lobpcg, power_iteration, subspace_iteration])
+def test_solvers_with_a_verdict_refuse_transforms_whatever_the_matrix_is_given_as(solver: Any) -> None:
+    with pytest.raises(TransformError, match="lanczos"):
+        torch.func.vmap(lambda c: solver(c * torch.eye(3), 1).values)(torch.ones(2))
