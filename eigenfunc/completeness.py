@@ -91,7 +91,7 @@ def search(
     generator: torch.Generator,
     most: int,
 ) -> Finding:
-    """Count the eigenvalues beyond the innermost wanted ones, with at most `most` products a side.
+    """Count the eigenvalues beyond the innermost wanted ones, with some `most` products.
 
     wanted (k,) Ritz values; slack (2, k): how near to each a further eigenvalue does no harm, strictly (its residual)
     and at most (its tolerance).
@@ -109,7 +109,7 @@ def search(
         _Evidence(side.sign, at, _apart(bridge, own, side.sign), _apart(own, bridge, side.sign), floor)
         for side, at, own in zip(sides, points, bridges, strict=True)
     ]
-    begun, direction, missing = products.matvecs, None, False
+    begun, direction = products.matvecs, None
     for _ in range(CHAINS):
         chain = Chain(products, span, bridge, anorm, generator)
         for _ in chain:
@@ -127,9 +127,8 @@ def search(
                 break
         for part in evidence:
             part.weigh(chain)
-        missing = any(part.missing for part in evidence)
         wanting = [part for part in evidence if part.missing or not part.proven]
-        if missing or not wanting or products.matvecs - begun >= most:
+        if any(part.missing for part in evidence) or not wanting or products.matvecs - begun >= most:
             break
         for part in evidence:
             part.before = part.chances

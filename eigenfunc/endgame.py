@@ -31,7 +31,7 @@ def prove(run: Run, x: Tensor, probe: Probe | None = None) -> Proof:
     certified = run.certified(x)
     run.anorm = max(run.anorm, float((certified.values.abs() + certified.residuals).max()))
     met = certified.residuals <= run.target(certified.values)
-    finding = completeness.Finding(completeness.ALL, None)
+    finding = completeness.Finding(completeness.ALL if len(met) == run.plan.n else completeness.UNKNOWN, None)
     if len(met) < run.plan.n and bool(met.any()):
         finding = (probe or _probe(run))(certified)
     run.verification = run.products.matvecs - solving

@@ -22,7 +22,8 @@ from eigenfunc.curvature.products import Loss
 from eigenfunc.errors import InputError, TransformError
 from eigenfunc.krylov import basis as vectors
 from eigenfunc.krylov.lanczos import absorb, init, step
-from eigenfunc.perturbation import Leaves, Problem, Stack, over, scaled, values_at, vectors_at
+from eigenfunc.krylov.span import weighted
+from eigenfunc.perturbation import Leaves, Problem, Stack, over, values_at, vectors_at
 from eigenfunc.solution import EigenPairs
 from eigenfunc.tree import Tree
 
@@ -63,7 +64,7 @@ def top_eigenpairs(
     fixed = [x.detach() for x in theta]
     found = _solve(problem, fixed, v0, k, num_steps)
     image = _constant(problem.products(fixed, found.vectors))
-    residuals = tree.norms(tree.sub(image, scaled(found.values, found.vectors)))
+    residuals = tree.norms(tree.sub(image, weighted(found.values, found.vectors)))
     values = values_at(problem, found.values, found.vectors, theta)
     rows = vectors_at(problem, found.values, found.vectors, theta)
     nan = torch.full_like(residuals, torch.nan)

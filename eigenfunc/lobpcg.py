@@ -50,7 +50,8 @@ def lobpcg(
     block_size      vectors b ≥ k that are iterated; default a quarter more than k, at least k+2; never more than n
     tol             stop when every ‖A v − λ v‖ ≤ max(tol·|λ|, noise)
     max_steps       steps, of b products each
-    v0              one start vector, shaped as `A.like`, or up to b of them as a stack (p, *leaf); the rest are random
+    v0              start vector, shaped as `A.like`, or a stack of them (p, *leaf), summed into b rows where there are
+                    more; random ones are added where there are fewer
     seed            of all random numbers; default: a fresh one, told in `stats.seed`
     throw           raise `NotConverged`, which carries the solution, unless every pair converged
 

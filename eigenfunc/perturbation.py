@@ -24,6 +24,7 @@ from eigenfunc.curvature.products import Loss, hvp
 from eigenfunc.curvature.thrice import Thrice
 from eigenfunc.data import fresh
 from eigenfunc.krylov import basis as vectors
+from eigenfunc.krylov.span import weighted
 from eigenfunc.tree import Tree
 
 Leaves = Sequence[Tensor]
@@ -191,7 +192,7 @@ class _Values(_Rule):
 
     def pull(self, inputs: Leaves, slopes: Leaves) -> list[Tensor | None]:
         _, rows, theta = self.pairs(inputs)
-        return [None] * (1 + len(rows)) + self.problem.slopes(theta, scaled(slopes[0], rows), rows)
+        return [None] * (1 + len(rows)) + self.problem.slopes(theta, weighted(slopes[0], rows), rows)
 
     def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         _, rows, theta = self.pairs(inputs)
@@ -242,7 +243,7 @@ class _Complement(_Rule):
         dvalues, drows, dtheta, dright = self.split(given)
         x = self.complement(values, rows, theta, right)
         mu = tree.gram(right, rows)
-        change = tree.sub(self.problem.change(theta, dtheta, x), scaled(dvalues, x))
+        change = tree.sub(self.problem.change(theta, dtheta, x), weighted(dvalues, x))
         change = tree.sub(tree.add(dright, change), tree.combine(mu, drows))
         dx = self.complement(values, rows, theta, change)
         return tuple(tree.sub(dx, tree.combine(tree.gram(x, drows), rows)))
@@ -261,15 +262,15 @@ def _conjugate_gradients(problem: Problem, values: Tensor, rows: Stack, theta: S
     done = (torch.finfo(r[0].dtype).eps) ** 2 * rr
     floor = _resolution(values, rows)
     for _ in range(problem.trips):
-        image: Stack = tree.sub(scaled(values, p), problem.products(theta, p))
+        image: Stack = tree.sub(weighted(values, p), problem.products(theta, p))
         pap, pp = _dots(p, image), _dots(p, p)
         live = (rr > done) & (pap > floor * pp)
         alpha = torch.where(live, rr / torch.where(live, pap, 1.0), 0.0)
-        x = tree.add(x, scaled(alpha, p))
-        r = projected(tree.sub(r, scaled(alpha, image)))
+        x = tree.add(x, weighted(alpha, p))
+        r = projected(tree.sub(r, weighted(alpha, image)))
         new = torch.where(live, _dots(r, r), rr)
         beta = torch.where(live, new / torch.where(live, rr, 1.0), 0.0)
-        p = tree.add(r, scaled(beta, p))
+        p = tree.add(r, weighted(beta, p))
         rr = torch.where(live, new, 0.0)
     return projected(x)
 
@@ -284,8 +285,3 @@ def _dots(x: Stack, y: Stack) -> Tensor:
     """⟨x_i, y_i⟩ (p,), in float64, for two stacks of p vectors."""
     parts = [(tree.matrix(a).double() * tree.matrix(b).double()).sum(1) for a, b in zip(x, y, strict=True)]
     return torch.stack(parts).sum(0)
-
-
-def scaled(c: Tensor, x: Stack) -> Stack:
-    """c_i x_i for c (p,) and a stack x (p, *leaf), in the dtypes of x."""
-    return [c.to(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1)) * leaf for leaf in x]

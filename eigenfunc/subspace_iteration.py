@@ -39,7 +39,8 @@ def subspace_iteration(
                 k+8; never more than n
     tol         stop when every ‖A v − λ v‖ ≤ max(tol·|λ|, noise)
     max_steps   products with the whole block
-    v0          one start vector, shaped as `A.like`, or up to b of them as a stack (p, *leaf); the rest are random
+    v0          start vector, shaped as `A.like`, or a stack of them (p, *leaf), summed into b rows where there are
+                more; random ones are added where there are fewer
     seed        of all random numbers; default: a fresh one, told in `stats.seed`
     throw       raise `NotConverged`, which carries the solution, unless every pair converged
 

@@ -142,3 +142,11 @@ def test_bad_arguments_are_refused_before_the_first_product(name: str) -> None:
 def test_a_start_vector_of_another_structure_is_refused() -> None:
     with pytest.raises(TreeError, match="v0"):
         power_iteration(torch.eye(4), v0={"w": torch.ones(4)})
+
+
+def test_pairs_that_were_not_probed_claim_nothing_that_needs_completeness() -> None:
+    values = torch.cat([torch.tensor([2.0, 1.0]), torch.linspace(0, 0.1, 98)]).double()
+    solution = power_iteration(torch.diag(values), 2, tol=1e-12, max_steps=8, seed=0, throw=False)
+    assert not solution.converged.any()
+    assert torch.equal(solution.sharp, solution.bounds)
+    assert (solution.angles == 1).all()

@@ -89,8 +89,7 @@ def absorb(state: State, product: Tree, j: int, width: int = 1, *, again: Again 
     inner = c[j:done]
     skews = [(inner - inner.mT).abs().flatten()]
     if j > 0:
-        predicted = t[j:done, :j].mT
-        skews.append(torch.where(torch.isnan(predicted), 0.0, (c[:j] - predicted).abs()).flatten())
+        skews.append((c[:j] - t[j:done, :j].mT).abs().flatten())
     skew = torch.cat(skews).amax()
     c = torch.cat([c[:j], (inner + inner.mT) / 2, c[done:]])
     columns = torch.cat([c, r, c.new_zeros(t.shape[0] - last - count, count)])
