@@ -18,7 +18,7 @@ FLOORS = [
     {"scope"},
     {"objective", "data", "operator"},
     {"krylov", "solution", "curvature"},
-    {"certificate", "perturbation", "testing"},
+    {"certificate", "perturbation", "stochastic", "testing"},
     {"plan", "implicit"},
     {"completeness"},
     {"thick_restart"},
