@@ -216,10 +216,10 @@ def _gaussian_nll(
         var = torch.full((), var, dtype=z.dtype, device=z.device)
     elif not isinstance(var, Tensor):
         return None
-    elif var.shape != z.shape:
-        var = var.unsqueeze(-1) if var.shape == z.shape[:-1] else var
-        if var.ndim != z.ndim or sum(b for a, b in zip(z.shape, var.shape, strict=True) if a != b) != 1:
-            return None
+    elif var.shape == z.shape[:-1] != z.shape:
+        var = var.unsqueeze(-1)
+    elif var.ndim != z.ndim or sum(a != b for a, b in zip(z.shape, var.shape, strict=True)) > 1 or not _fits(var, z):
+        return None
     if targets.shape != z.shape:
         return None
     return _gaussian(z, targets.to(z), _mean_or_sum(z, reduction), var.to(z).clamp(min=eps))
