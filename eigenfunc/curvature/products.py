@@ -35,6 +35,7 @@ class Product(NamedTuple):
     single: Map  # one vector, as a list of tensors shaped as the point
     block: Map  # a stack of vectors, with a leading axis on every tensor
     held: int | None = None  # bytes kept for it, None if only autograd knows
+    beside: int = 0  # bytes kept beside what autograd knows
 
 
 Way = Callable[[F, Sequence[Tensor]], Product]

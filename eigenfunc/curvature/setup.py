@@ -38,7 +38,7 @@ class Matrix(NamedTuple, Generic[F]):
     pure        (params, batch, v, seed) -> product, for use inside of transforms; called as in `pure_name`
     on_request  ways that are taken only if asked for, and then without proof
     noise       the largest error so far of a product with a unit vector, where more than rounding is known of
-    confirm     further proof of f at the point, called with the mends; raises `ProductError`
+    confirm     (f, point, what the mends met): further proof, under the mends; raises `ProductError`
     """
 
     loss: Loss
@@ -48,7 +48,7 @@ class Matrix(NamedTuple, Generic[F]):
     pure_name: str
     on_request: Mapping[str, Way[F]] = {}
     noise: Callable[[], float] = float
-    confirm: Callable[[F, Sequence[Tensor]], None] | None = None
+    confirm: Callable[[F, Sequence[Tensor], Seen], None] | None = None
 
 
 def operator(
@@ -166,7 +166,7 @@ class _SetUp(NamedTuple, Generic[F]):
         with scope.untouched(self.reader.device):
             with mended(seen):
                 if matrix.confirm is not None:
-                    matrix.confirm(f, refs)
+                    matrix.confirm(f, refs, seen)
                 proof = prove(f, matrix.ways, refs, names, seen, None if product == "auto" else product)
             if seen.names:
                 check_mends(loss, refs, names, seen, seed)
