@@ -1,4 +1,4 @@
-"""Peak memory of a Gauss–Newton product with a large vocabulary, beside a training step's: `python -m benchmarks.vocabulary`.
+"""Peak memory of a Gauss–Newton product with a large vocabulary: `python -m benchmarks.vocabulary`.
 
 An embedding of width 64, tanh, and a linear layer to 50,000 classes under cross entropy, so that tensors shaped as the
 logits are all that counts. Peak resident set over what was resident right before, each in a process of its own: one

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
+from eigenfunc.curvature.likelihoods import CHUNK, Tokens, likelihood
+from eigenfunc.curvature.losses import output_hessian
 from eigenfunc.curvature.mends import Seen
 from eigenfunc.curvature.products import HESSIAN, Product
 from eigenfunc.curvature.proof import prove
-from eigenfunc.curvature.sandwich import Halves, OutputMap, check_parts, floating, pure_product, sandwich
+from eigenfunc.curvature.sandwich import OutputMap, check_parts, floating, pure_product, sandwich
+from eigenfunc.data import fresh
 from eigenfunc.errors import ObjectiveError
 from eigenfunc.operator import LinearOperator
 from eigenfunc.tree import Tree
@@ -69,7 +72,7 @@ def ggn(
         chunk=chunk,
         compile=compile,
         check=check,
-        confirm=_confirm,
+        confirm=partial(_confirm, objective.criterion),
     )
 
 
@@ -90,49 +93,39 @@ def _of(criterion: Callable[[Any, Any], Tensor]) -> OutputMap:
     def output_map(outputs: Tree, targets: Any) -> Callable[[Tree], Tree]:
         live, whole = floating(outputs)
         if len(live) == len(tree.leaves(outputs)):
-            return output_hessian(criterion, outputs, targets)
+            return output_hessian(criterion, outputs, targets, overwrite=True)
         product = output_hessian(lambda zs, targets: criterion(whole(zs), targets), live, targets)
         return lambda u: whole(product(floating(u)[0]))
 
     return output_map
 
 
-def output_hessian(criterion: Callable[[Any, Any], Tensor], outputs: Tree, targets: Any) -> Callable[[Tree], Tree]:
-    """u ↦ H u, for the Hessian H of `criterion(outputs, targets)` by the outputs; u is shaped as they are."""
-    leaves, rebuild = tree.flatten(outputs)
+def _confirm(criterion: Callable[[Any, Any], Tensor], outputs: Tree, targets: Any, seen: Seen) -> None:
+    """Prove the output map against derivatives of the criterion, as a Hessian of its own.
 
-    def f(zs: Sequence[Tensor]) -> Tensor:
-        return products.scalar(criterion(rebuild(list(zs)), targets))
-
-    def product(u: Tree) -> Tree:
-        flat = tree.leaves(u)
-        if torch.compiler.is_compiling():
-            return rebuild(products.vjp(f, leaves).single(flat))
-        try:
-            return rebuild(products.jvp(f, leaves).single(flat))
-        except (RuntimeError, NotImplementedError):  # no forward formula
-            return rebuild(products.vjp(f, leaves).single(flat))
-
-    return product
-
-
-def _confirm(f: Halves, point: Sequence[Tensor], seen: Seen) -> None:
-    """Prove the output map against derivatives of the criterion, as a Hessian of its own; no random numbers in it."""
-    outputs = [z.detach() for z in f.predict(point)]
-    device, seed = outputs[0].device, 0
-    scope.reseed(seed, device)
-    f.criterion(outputs)
-    if scope.drawn_since_reseed(seed, device):
+    Of a cross-entropy with many logits the first rows bear witness for all, because its derivatives take several times
+    the memory of a training step. Raises `ObjectiveError` for a criterion that draws random numbers.
+    """
+    if isinstance(likelihood(criterion, outputs, targets), Tokens) and outputs.numel() > 4 * CHUNK:
+        count = max(4 * CHUNK // outputs[0].numel(), 1)
+        outputs, targets = outputs[:count], targets[:count]
+    zs, whole = floating(outputs)
+    scope.reseed(0, zs[0].device)
+    criterion(outputs, fresh(targets))
+    if scope.drawn_since_reseed(0, zs[0].device):
         raise ObjectiveError(
             "the criterion draws random numbers, so that it has another Hessian at each call; draw them once, with the "
             "targets, or in the model"
         )
-    single = f.curvature(outputs)
-    closed = Product(single, products.looped(single))
+    product = _of(criterion)(outputs, fresh(targets))
+
+    def single(u: Sequence[Tensor]) -> list[Tensor]:
+        return floating(product(whole([x.clone() for x in u])))[0]  # which may be overwritten
+
+    f = products.of_leaves(lambda zs, targets: criterion(whole(zs), targets), targets, zs)
     ways = HESSIAN._replace(
         matrix="criterion's Hessian",
-        each={"output map": lambda criterion, zs: closed, **HESSIAN.each},
+        each={"output map": lambda f, zs: Product(single, products.looped(single)), **HESSIAN.each},
         remedy="check=False takes it without proof",
     )
-    labels = [f"output {i}" for i in range(len(outputs))]
-    prove(f.criterion, ways, outputs, labels, seen, "output map")
+    prove(f, ways, zs, [f"output {i}" for i in range(len(zs))], seen, "output map")

@@ -49,6 +49,7 @@ def prove(
             product = ways.each[name](f, point)
             image = product.single(v)
             other = None if images else product.single(u)
+            del product
             if problem := _flaw(u, v, image, other, tolerance_of(point, seen.eps)):
                 trouble[name] = problem
                 continue

@@ -16,9 +16,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eigenfunc import scope, tree
-from eigenfunc.curvature import differences, products
+from eigenfunc.curvature import differences
 from eigenfunc.curvature.differences import Map
-from eigenfunc.curvature.mends import Seen, Traceable, mended, show_all_calls
+from eigenfunc.curvature.mends import Seen, SplitLinear, Traceable, mended, show_all_calls
 from eigenfunc.curvature.products import Product, Way, Ways, forward_ad, looped
 from eigenfunc.curvature.setup import Matrix, operator
 from eigenfunc.data import fresh
@@ -35,7 +35,7 @@ class Halves(NamedTuple):
 
     predict: Map  # leaves of the parameters -> outputs
     curvature: Callable[[Sequence[Tensor]], Map]  # outputs -> (u -> M u)
-    criterion: Callable[[Sequence[Tensor]], Tensor]  # outputs -> ()
+    whole: Callable[[Sequence[Tensor]], tuple[Tree, Any]]  # outputs -> the model's outputs, and the targets
 
 
 def halves(objective: Any, output_map: OutputMap, batch: Any, params: Tree, seed: int | None = None) -> Halves:
@@ -50,20 +50,20 @@ def halves(objective: Any, output_map: OutputMap, batch: Any, params: Tree, seed
 
     def predict(leaves: Sequence[Tensor]) -> list[Tensor]:
         start()
-        outputs, whole = floating(objective.predict(rebuild(list(leaves)), fresh(inputs)))
-        last[:] = [whole]
+        outputs, rebuilt = floating(objective.predict(rebuild(list(leaves)), fresh(inputs)))
+        last[:] = [rebuilt]
         return outputs
 
     def curvature(outputs: Sequence[Tensor]) -> Map:
         start()
-        whole = last[0]
-        product = output_map(whole(outputs), fresh(targets))
-        return lambda u: floating(product(whole(u)))[0]
+        rebuilt = last[0]
+        product = output_map(*whole(outputs))
+        return lambda u: floating(product(rebuilt(u)))[0]
 
-    def criterion(outputs: Sequence[Tensor]) -> Tensor:
-        return products.scalar(objective.criterion(last[0](outputs), fresh(targets)))
+    def whole(outputs: Sequence[Tensor]) -> tuple[Tree, Any]:
+        return last[0](outputs), fresh(targets)
 
-    return Halves(predict, curvature, criterion)
+    return Halves(predict, curvature, whole)
 
 
 def floating(outputs: Tree) -> tuple[list[Tensor], Callable[[Sequence[Any]], Tree]]:
@@ -105,7 +105,7 @@ def graph(f: Halves, point: Sequence[Tensor]) -> Product:
     pulled = torch.autograd.grad([outputs[i] for i in live], leaves, moving, create_graph=True, allow_unused=True)
     linear = [j for j, slope in enumerate(pulled) if slope is not None and slope.requires_grad]
     ends, slopes = [get_gradient_edge(outputs[i]) for i in live], [get_gradient_edge(pulled[j]) for j in linear]
-    size, device = sum(z.nbytes for z in outputs), outputs[0].device
+    size, device = sum(z.nbytes for z in outputs), outputs[0].device  # M keeps outputs and perhaps as much again
     apply = f.curvature([z.detach() for z in outputs])
     del outputs, pulled
 
@@ -114,7 +114,7 @@ def graph(f: Halves, point: Sequence[Tensor]) -> Product:
         lead = v[0].shape[:1] if batched else ()
         tangents: list[Any] = list(pull(slopes, moving, [v[j] for j in linear])) if linear else [None] * len(live)
         found = dict(zip(live, tangents, strict=True))
-        u = [_or_zeros(found.pop(i, None), dual, lead) for i, dual in enumerate(duals)]
+        u = _apart([_or_zeros(found.pop(i, None), dual, lead) for i, dual in enumerate(duals)], v)
         del tangents
         with scope.untouched(device), mended():  # M may run the criterion
             w = torch.func.vmap(apply, randomness="same")(u) if batched else apply(u)
@@ -129,6 +129,19 @@ def _or_zeros(block: Tensor | None, like: Tensor, lead: Sequence[int]) -> Tensor
     return like.new_zeros((*lead, *like.shape)) if block is None else block.detach()
 
 
+def _apart(u: list[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+    """The tangents, in memory that is neither v's nor one another's, so that M may write into it."""
+    if torch.compiler.is_compiling() or scope.inside_transform():
+        return u
+    taken = {x.untyped_storage().data_ptr() for x in v}
+    out = []
+    for x in u:
+        own = x.clone() if x.untyped_storage().data_ptr() in taken or 0 in x.stride() else x
+        taken.add(own.untyped_storage().data_ptr())
+        out.append(own)
+    return out
+
+
 _INDEPENDENT = (
     "the outputs do not depend on any of the parameters: check that they are computed from the `params` that predict "
     "is given, without .detach(), .item() or NumPy on the way"
@@ -140,7 +153,7 @@ def dual(f: Halves, point: Sequence[Tensor]) -> Product:
 
     def pushed(v: Sequence[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in point]
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), SplitLinear():
             outputs = f.predict([forward_ad.make_dual(x, t) for x, t in zip(leaves, v, strict=True)])
             found = [forward_ad.unpack_dual(z).tangent for z in outputs]
             u = [torch.zeros_like(z) if t is None else t.detach() for z, t in zip(outputs, found, strict=True)]
@@ -148,7 +161,7 @@ def dual(f: Halves, point: Sequence[Tensor]) -> Product:
         if not live:
             raise ObjectiveError(_INDEPENDENT)
         del found
-        w = f.curvature([z.detach() for z in outputs])(u)
+        w = f.curvature([z.detach() for z in outputs])(_apart(u, v))
         del u
         out = torch.autograd.grad([outputs[i] for i in live], leaves, [w[i] for i in live], allow_unused=True)
         return [_or_zeros(block, x, ()) for block, x in zip(out, leaves, strict=True)]
@@ -161,9 +174,10 @@ def jvp(f: Halves, point: Sequence[Tensor]) -> Product:
     transform."""
 
     def pushed(v: Sequence[Tensor]) -> list[Tensor]:
-        pair: list[Any] = list(torch.func.jvp(f.predict, (list(point),), (list(v),)))
-        w = f.curvature(pair[0])(pair[1])
-        pair.clear()
+        with SplitLinear():
+            ends: list[Any] = list(torch.func.jvp(f.predict, (list(point),), (list(v),)))
+        w = f.curvature(ends[0])(_apart(ends[1], v))
+        ends.clear()
         pull: Any = torch.func.vjp(f.predict, list(point))[1]
         return list(pull(w)[0])
 
@@ -178,7 +192,7 @@ def vjp(f: Halves, point: Sequence[Tensor]) -> Product:
     apply = f.curvature(outputs)
 
     def product(v: Sequence[Tensor]) -> list[Tensor]:
-        return list(pull(apply(push(list(v))[0]))[0])
+        return list(pull(apply(_apart(push(list(v))[0], v)))[0])
 
     return Product(product, lambda vs: list(torch.func.vmap(product, randomness="same")(list(vs))))
 
@@ -219,16 +233,21 @@ def sandwich(
     chunk: int | None = None,
     compile: bool = False,
     check: bool = True,
-    confirm: Callable[[Halves, Sequence[Tensor], Seen], None] | None = None,
+    confirm: Callable[[Tree, Any, Seen], None] | None = None,
 ) -> LinearOperator:
     """The operator Jᵀ M J over the data, called `name`, with M given by `output_map`; see `ggn` for the rest.
 
     `output_map(outputs, targets)` returns the function u ↦ M u for one batch, on trees shaped as the model's outputs,
-    linear and symmetric. It may draw random numbers: the random state is the same whenever it is called for a batch.
-    It must vmap over u, and for the product to be differentiated be differentiable itself. `confirm(f, point, seen)` proves
-    it on the first batch.
+    linear and symmetric; outside of transforms it may overwrite u. It may draw random numbers, from a random state that
+    is the same whenever it is called for a batch. It must vmap over u and, for derivatives of the product, be
+    differentiable itself. `confirm(outputs, targets, seen)` proves it on the first batch, under the mends.
     """
     check_parts(objective, name)
+
+    def confirmed(f: Halves, point: Sequence[Tensor], seen: Seen) -> None:
+        if confirm is not None:
+            confirm(*f.whole([z.detach() for z in f.predict(point)]), seen)
+
     remedy = "check=False takes one way without proof"
     matrix = Matrix(
         Composition(objective),
@@ -236,7 +255,7 @@ def sandwich(
         Ways(name, WAYS, _by_differences, "central differences of the outputs", remedy),
         partial(seeded_product, objective, output_map),
         "its pure product",
-        confirm=confirm,
+        confirm=confirmed,
     )
     return operator(matrix, params, data, product, cache, chunk, compile, check)
 
