@@ -292,13 +292,16 @@ def test_a_few_rows_at_a_time_are_all_rows_at_once(problem: Problem, chunk: int,
         over = output_hessian(criterion, outputs, targets, overwrite=True)(u)
         if outputs.numel() > chunk:
             assert over is u
-        traced = vmap(output_hessian(criterion, outputs, targets, overwrite=True))(before[None])[0]
+        pair = torch.stack([before, before])
+        traced = vmap(output_hessian(criterion, outputs, targets, overwrite=True))(pair)[0]
+        assert torch.equal(pair[0], before)
+        models = vmap(lambda z: output_hessian(criterion, z, targets, overwrite=True)(before))(torch.stack([outputs]))
         if len(before) > 1:
             shared = before[:1].expand_as(before)  # one memory for all rows
             own = output_hessian(criterion, outputs, targets, overwrite=True)(shared)
             assert torch.equal(own, output_hessian(criterion, outputs, targets)(shared.clone()))
             assert torch.equal(shared[-1:], before[:1])
-    for image in (found, over, traced):
+    for image in (found, over, traced, models[0]):
         assert (image - truth).norm() <= 1e-13 * truth.norm() + 1e-300
 
 
