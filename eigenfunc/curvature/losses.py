@@ -73,9 +73,9 @@ def output_fisher(
 
     A term of a cross-entropy is one token or pixel, whose class is drawn from softmax(outputs); a soft or smoothed
     target τ has g = softmax(outputs) − τ in `empirical`. (Whole sequences as terms, with the sums of these gradients,
-    would have the same expectation, and another empirical matrix.) For the other losses a term is a sample: all outputs beyond
-    axis 0 together. Weights, whether of classes, samples or positives, count how often something is observed, and so
-    enter once; where the entries of one term have different weights, each enters by its root.
+    would have the same expectation, and another empirical matrix.) For the other losses a term is a sample: all
+    outputs beyond axis 0 together. Weights, whether of classes, samples or positives, count how often something is
+    observed, and so enter once; where the entries of one term have different weights, each enters by its root.
 
     MSELoss is the likelihood of a Gaussian of variance ½ about each output, so w_t = 1 for a sum; its mean, over
     samples and entries alike, has w_t = 1/(number of outputs), and the exact M is 2/(number of outputs) times the
