@@ -2,6 +2,8 @@
 
 from eigenfunc._version import __version__
 from eigenfunc.compat import compute_hessian_eigenthings
+from eigenfunc.curvature.fisher import fisher, fishervp
+from eigenfunc.curvature.ggn import ggn, ggnvp
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.curvature.products import hvp
 from eigenfunc.data import Batches
@@ -31,7 +33,11 @@ __all__ = [
     "aslinearoperator",
     "compute_hessian_eigenthings",
     "eigsh",
+    "fisher",
+    "fishervp",
     "functional_loss",
+    "ggn",
+    "ggnvp",
     "hessian",
     "hvp",
     "lanczos",
