@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import resource
 import sys
 import time
@@ -188,31 +187,18 @@ def _finish(
     extra: dict[str, list[str]],
 ) -> int:
     """Print the table, write report.json, eigenvectors.safetensors and spectrum.png, and choose the exit code."""
-    from safetensors.torch import save_file
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(solution.table(extra))
     print(f"peak memory of the process {tree.gibibytes(peak)}")
-    out: Path = args.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        report = {
-            **solution.report(),
-            **about,
-            "k": args.k,
-            "n": A.size,
-            "operator": A.describe(),
-            "peak_memory_bytes": peak,
-            "version": __version__,
-        }
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        leaves = zip(tree.names(solution.vectors), tree.leaves(solution.vectors), strict=True)
-        save_file(
-            {name or "vector": leaf.contiguous().cpu() for name, leaf in leaves}, out / "eigenvectors.safetensors"
-        )
-        figure: Any = plot.spectrum(solution).figure
-        figure.savefig(out / "spectrum.png")
-    except OSError as error:
-        raise _Wrong(f"cannot write to {out}: {error}") from None
-    print(f"wrote report.json, eigenvectors.safetensors and spectrum.png to {out}")
+    about = {**about, "k": args.k, "n": A.size, "operator": A.describe(), "peak_memory_bytes": peak}
+    solution.save(args.out, about)
+    _draw(plot.spectrum(solution), args.out / "spectrum.png")
+    print(f"wrote report.json, eigenvectors.safetensors and spectrum.png to {args.out}")
     return CONVERGED if solution.success else NOT_CONVERGED
+
+
+def _draw(axes: Any, path: Path) -> None:
+    try:
+        axes.figure.savefig(path)
+    except OSError as error:
+        raise _Wrong(f"cannot write {path}: {error}") from None

@@ -208,6 +208,36 @@ class LinearOperator:
             out[start : start + chunk] = tree.ravel(self._matmat(tree.unravel(unit, self.like)), self.like)
         return out
 
+    def to_scipy(self) -> Any:
+        """This operator for SciPy: a `scipy.sparse.linalg.LinearOperator` (n, n) on NumPy vectors.
+
+        Entries are in the order of `tree.ravel`, float64, or float32 where no leaf is wider; the products are formed
+        where the operator lives, those of `matmat` in one sweep over the data. Complex vectors are multiplied by their
+        real and imaginary parts. Raises `InputError` without SciPy.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator as ScipyOperator
+        except ImportError as error:
+            raise InputError("to_scipy() needs SciPy: pip install scipy") from error
+        dtype, device = tree.work_dtype(self.like), tree.device(self.like)
+
+        def rows(x: Any) -> Any:
+            """Products with the rows of a real array (p, n)."""
+            vs = tree.unravel(torch.tensor(np.ascontiguousarray(x), dtype=dtype, device=device), self.like)
+            image = tree.lifted(self.matvec(tree.row(vs, 0))) if len(x) == 1 else self._matmat(vs)
+            return tree.ravel(image, self.like).detach().cpu().numpy()
+
+        def matmat(x: Any) -> Any:
+            if np.iscomplexobj(x):
+                return rows(x.real.T).T + 1j * rows(x.imag.T).T
+            return rows(x.T).T
+
+        def matvec(x: Any) -> Any:
+            return matmat(x.reshape(-1, 1))[:, 0]
+
+        number = torch.zeros(0, dtype=dtype).numpy().dtype
+        return ScipyOperator(self.shape, matvec, matvec, matmat, number, matmat)
+
 
 def aslinearoperator(A: Any, like: Tree | None = None) -> LinearOperator:
     """Make a `LinearOperator` of what stands for a symmetric matrix.
