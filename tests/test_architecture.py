@@ -15,10 +15,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "_version"},
     {"tree"},
-    {"scope", "archive"},
+    {"scope", "archive", "canvas"},
     {"objective", "data", "operator"},
     {"krylov", "solution", "curvature"},
-    {"certificate", "perturbation", "stochastic", "testing"},
+    {"certificate", "perturbation", "stochastic", "testing", "landscape"},
     {"plan", "implicit"},
     {"completeness"},
     {"thick_restart"},
@@ -74,7 +74,7 @@ def test_one_module_knows_optree() -> None:
 
 def test_run_time_packages_are_few() -> None:
     core = {"torch", "numpy", "optree", "tqdm", "eigenfunc"}
-    extras = {"cli": {"resource"}, "plot": {"matplotlib"}, "demo": {"sklearn"}}
+    extras = {"cli": {"resource"}, "plot": {"matplotlib"}, "canvas": {"matplotlib"}, "demo": {"sklearn"}}
     extras |= {"testing": {"hypothesis"}, "archive": {"safetensors"}, "operator": {"scipy"}, "solution": {"pandas"}}
     import sys
 
