@@ -18,6 +18,8 @@ State = Mapping[str, Any]
 Group = Mapping[str, Any]
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 
+_NEITHER: tuple[None, Group] = (None, {})
+
 
 def adam_preconditioner(optimizer: Optimizer, params: Tree) -> Tree:
     """d = √v̂ + ε after the optimiser's last step, shaped as `params`, for `A.precondition(d)`.
@@ -51,7 +53,7 @@ def adam_preconditioner(optimizer: Optimizer, params: Tree) -> Tree:
     flat, rebuild = tree.flatten(params)
     found = []
     for name, leaf in zip(tree.names(params), flat, strict=True):
-        p, group = held.get(_key(leaf)) or held.get(name) or (None, {})
+        p, settings = held.get(_key(leaf)) or held.get(name) or _NEITHER
         if p is None or p.shape != leaf.shape:
             raise InputError(
                 f"parameter '{name}' is not one of the optimiser's: it shares its memory with none of them. Pass the "
@@ -65,7 +67,7 @@ def adam_preconditioner(optimizer: Optimizer, params: Tree) -> Tree:
                 "(select= of functional_loss) what gets no gradient"
             )
         dtype = torch.promote_types(leaf.dtype, torch.float32)
-        found.append(diagonal(state, group).to(dtype=dtype, device=leaf.device))
+        found.append(diagonal(state, settings).to(dtype=dtype, device=leaf.device))
     return rebuild(found)
 
 

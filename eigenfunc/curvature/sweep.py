@@ -133,16 +133,15 @@ class Sweep:
         whole = embedded(product, tree.leaves(self._point), chosen)
         if product.within is None:
             return whole
-        narrow = product.within(chosen)
         if chosen not in self._narrow:
             generator = torch.Generator().manual_seed(3)
             v = [tree.randn(tree.leaves(self._point)[i], generator) for i in chosen]
             expected = whole.single(v)
             try:
-                self._narrow[chosen] = _close(narrow.single(v), expected)
+                self._narrow[chosen] = _close(product.within(chosen).single(v), expected)
             except Exception:  # user code and torch raise whatever they like
                 self._narrow[chosen] = False
-        return narrow if self._narrow[chosen] else whole
+        return product.within(chosen) if self._narrow[chosen] else whole
 
     def block_ratio(self) -> float:
         """Seconds of a block of eight products with the first batch over those of eight single ones, each with its
