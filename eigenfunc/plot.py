@@ -8,8 +8,8 @@ also said by shape, hatching or number. All raise `InputError` without matplotli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from eigenfunc.curvature.products import Loss
 from eigenfunc.errors import InputError
 from eigenfunc.landscape import Landscape, landscape as sampled
 from eigenfunc.solution import Solution
-from eigenfunc.tree import Tree
+from eigenfunc.tree import By, Tree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,26 +148,19 @@ def layers(solutions: Mapping[str, Solution], ax: Axes | None = None) -> Axes:
     return axes  # type: ignore[no-any-return]
 
 
-def vector_norms(
-    solution: Solution, by: Literal["leaf", "module"] | Callable[[str], str] = "leaf", ax: Axes | None = None
-) -> Axes:
+def vector_norms(solution: Solution, by: By = "parameter", ax: Axes | None = None) -> Axes:
     """Where each eigenvector lives: the share of its squared norm in each layer, in percent, as a heat map.
 
-    by  "leaf" for a row a leaf, "module" for the leaves of one module together (the name up to its last dot), or a
-        function from the name of a leaf to that of its row
+    by  "parameter" for a row each, "module" for those of one module together, a function from a name to that of its
+        row, or a list of names, prefixes or glob patterns, a row each; rows are in the order of `solution.vectors`
     """
-    if by not in ("leaf", "module") and not callable(by):
-        raise InputError(f"by must be 'leaf', 'module' or a function of a leaf's name, got {by!r}")
-    vectors = solution.vectors
-    leaves = dict(zip(tree.names(vectors), tree.leaves(vectors), strict=True))
-    order = list(vectors) if isinstance(vectors, dict) and set(vectors) == set(leaves) else list(leaves)
-    rows: dict[str, Tensor] = {}
-    for name in order:  # the user's own, where the vectors are a flat dict
-        label = by(name) if callable(by) else (name.rpartition(".")[0] or name) if by == "module" else name
-        squares = tree.norms(leaves[name]).cpu() ** 2
-        rows[label] = rows[label] + squares if label in rows else squares
-    shares = torch.stack(list(rows.values()))
-    shares = 100 * shares / shares.sum(0)
+    squares = {
+        name: tree.norms(leaf).cpu() ** 2
+        for name, leaf in zip(tree.names(solution.vectors), tree.leaves(solution.vectors), strict=True)
+    }
+    rows = tree.grouped(solution.vectors, by, "by")
+    shares = torch.stack([torch.stack([squares[name] for name in members]).sum(0) for members in rows.values()])
+    shares = 100 * shares / torch.stack(list(squares.values())).sum(0)
     open_ = ~solution.converged
     axes = canvas.heat_axes(list(rows), len(open_), 3, ax)
     from matplotlib.colors import LinearSegmentedColormap, Normalize

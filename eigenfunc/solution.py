@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import archive, tree
+from eigenfunc import archive, bridge, tree
 from eigenfunc.errors import FileError, InputError
 from eigenfunc.tree import Tree, gibibytes
 
@@ -187,20 +187,16 @@ class Solution:
 
         The index is the rank, from 1. Raises `InputError` without pandas.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_dataframe() needs pandas: pip install pandas") from error
-        columns = {
-            "value": self.values,
-            "residual": self.residuals,
-            "bound": self.bounds,
-            "sharp": self.sharp,
-            "angle": self.angles,
-            "converged": self.converged,
-        }
-        rank = pandas.RangeIndex(1, len(self.values) + 1, name="rank")
-        return pandas.DataFrame({name: x.numpy() for name, x in columns.items()}, index=rank)
+        return bridge.dataframe(
+            {
+                "value": self.values,
+                "residual": self.residuals,
+                "bound": self.bounds,
+                "sharp": self.sharp,
+                "angle": self.angles,
+                "converged": self.converged,
+            }
+        )
 
 
 def _number(x: Any) -> Any:

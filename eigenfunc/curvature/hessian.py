@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from eigenfunc.curvature.proof import Proof, check_mends, disagreement, prove, t
 from eigenfunc.curvature.sweep import Prepare, Sweep, budget_for, seconds
 from eigenfunc.data import Batches, Reader, as_batches, average
 from eigenfunc.errors import CompileWarning, InputError, ObjectiveError
-from eigenfunc.operator import LinearOperator, MatVec
+from eigenfunc.operator import LinearOperator, MatVec, Part
 from eigenfunc.tree import Tree
 
 _KEPT = "graph"  # the way whose work between products can be kept
@@ -148,12 +148,16 @@ class _SetUp(NamedTuple):
             current()
             return sweep.matmat(vs)
 
+        def principal(parts: Sequence[Part]) -> list[list[Tensor]]:
+            current()
+            return sweep.principal(parts)
+
         def describe() -> str:
             error = f", off by at most {differences.error:.0e} for unit vectors so far" if product == ON_REQUEST else ""
             return f"{prefix}{error}; {sweep.describe()}{figures}"
 
         return LinearOperator(
-            matvec, point, matmat, sweep.minibatches, describe, lambda: differences.error, sweep.block_ratio
+            matvec, point, matmat, sweep.minibatches, describe, lambda: differences.error, sweep.block_ratio, principal
         )
 
     def _of_leaves(self, index: int, batch: Any) -> products.Function:

@@ -17,9 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature.mends import mended
-from eigenfunc.curvature.products import Product
+from eigenfunc.curvature.products import Product, embedded
 from eigenfunc.data import Reader, average
-from eigenfunc.operator import MatVec
+from eigenfunc.operator import MatVec, Part
 from eigenfunc.tree import Tree
 
 Prepare = Callable[[int, Any], Product]  # index of the batch, batch -> its product
@@ -50,6 +50,7 @@ class Sweep:
         self.largest_bytes = 0
         self._point = point
         self._rebuild = tree.flatten(point)[1]
+        self._narrow: dict[tuple[int, ...], bool] = {}  # leaves -> whether their products by themselves prove right
 
     def keep(self, prepare: Prepare, budget: int, *, in_order: bool) -> None:
         """Keep the graphs of the first batches, as many as fit into `budget` bytes.
@@ -92,9 +93,12 @@ class Sweep:
 
     def total(self, use: Callable[[Product], Sequence[Tensor]]) -> Tree:
         """The weighted mean, or sum, of `use(product)` over the batches."""
+        return self._rebuild(self._mean(use))
+
+    def _mean(self, use: Callable[[Product], Sequence[Tensor]]) -> list[Tensor]:
         with self._scope():
             mean = average(((w, partial(_used, use, make)) for w, make in self.parts()), self.reader.batches.reduction)
-        return self._rebuild(_distinct(mean))
+        return _distinct(mean)
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
@@ -114,6 +118,30 @@ class Sweep:
         if self.chunk is None and flat[0].shape[0] > 1:
             self.chunk = self._best_chunk(flat)
         return self.total(lambda product: self._in_chunks(product, flat))
+
+    def principal(self, parts: Sequence[Part]) -> list[list[Tensor]]:
+        """As `LinearOperator.principal`: the batches are read, and their graphs made, once for all parts."""
+
+        def use(product: Product) -> list[Tensor]:
+            return [x for chosen, vs in parts for x in self._in_chunks(self._within(product, chosen), vs)]
+
+        images = iter(self._mean(use))
+        return [[next(images) for _ in chosen] for chosen, _ in parts]
+
+    def _within(self, product: Product, chosen: tuple[int, ...]) -> Product:
+        """The product of some leaves by themselves where there is one that agrees, once, with the whole product."""
+        whole = embedded(product, tree.leaves(self._point), chosen)
+        if product.within is None:
+            return whole
+        if chosen not in self._narrow:
+            generator = torch.Generator().manual_seed(3)
+            v = [tree.randn(tree.leaves(self._point)[i], generator) for i in chosen]
+            expected = whole.single(v)
+            try:
+                self._narrow[chosen] = _close(product.within(chosen).single(v), expected)
+            except Exception:  # user code and torch raise whatever they like
+                self._narrow[chosen] = False
+        return product.within(chosen) if self._narrow[chosen] else whole
 
     def block_ratio(self) -> float:
         """Seconds of a block of eight products with the first batch over those of eight single ones, each with its
