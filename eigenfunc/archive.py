@@ -57,6 +57,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """
     aside = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(_strict(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The command line: `eigenfunc demo` and `eigenfunc run PROBLEM.py`."""
+"""The command line: `eigenfunc demo`, `run PROBLEM.py`, `layers PROBLEM.py` and `report DIR`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.util
 import resource
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,32 +16,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import demo, plot, tree
+from eigenfunc import archive, demo, plot, problem, tree
 from eigenfunc._version import __version__
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.eigsh import eigsh
-from eigenfunc.errors import EigenfuncError, InputError
+from eigenfunc.errors import EigenfuncError, FileError, InputError
+from eigenfunc.layers import eigsh_blocks
 from eigenfunc.operator import LinearOperator
 from eigenfunc.solution import Solution
 
 CONVERGED, NOT_CONVERGED, BAD_INPUT = 0, 3, 2
 
+_OUT = Path("eigenfunc-out")
 _SMALLEST = 5  # eigenpairs at the lower end that the demo adds
-_EXAMPLE = """A problem file defines make_problem(), which returns (loss, params, data):
-
-    import torch
-    from eigenfunc import functional_loss
-
-    def make_problem():
-        model = torch.nn.Linear(4, 3)
-        inputs, targets = torch.randn(100, 4), torch.randint(0, 3, (100,))
-        loss, params = functional_loss(model, torch.nn.CrossEntropyLoss())
-        return loss, params, (inputs, targets)   # data: one batch, a DataLoader, or Batches([...])
-"""
-
-
-class _Wrong(InputError):
-    """Bad input whose message says it all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,16 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--k", type=int, default=20, help=f"largest eigenpairs, beside the {_SMALLEST} smallest")
     show.add_argument("--seed", type=int, default=0)
     show.set_defaults(command=_demo, needs=("matplotlib", "safetensors", "sklearn"))
-    run = commands.add_parser("run", help="the spectrum of your own model", epilog=_EXAMPLE)
-    run.formatter_class = argparse.RawDescriptionHelpFormatter
-    run.add_argument("problem", type=Path, metavar="PROBLEM.py")
-    run.add_argument("--k", type=int, default=6)
-    run.add_argument("--which", choices=("LM", "LA", "SA", "BE"), default="LM")
-    run.add_argument("--tol", type=float, default=1e-4, help="relative to each eigenvalue")
-    run.add_argument("--seed", type=int, default=None)
+    run = commands.add_parser("run", help="the spectrum of your own model")
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
-    for command in (show, run):
-        command.add_argument("--out", type=Path, default=Path("eigenfunc-out"), metavar="DIR")
+    layers = commands.add_parser("layers", help="the spectrum of each layer of your own model")
+    layers.add_argument("--by", choices=("module", "parameter"), default="module")
+    layers.set_defaults(command=_layers, needs=("matplotlib",))
+    for command in (run, layers):
+        command.add_argument("--k", type=int, default=6)
+        command.add_argument("--which", choices=("LM", "LA", "SA", "BE"), default="LM")
+        command.add_argument("--tol", type=float, default=1e-4, help="relative to each eigenvalue")
+    for command in (run, layers):
+        command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, problem.EXAMPLE
+        command.add_argument("problem", type=Path, metavar="PROBLEM.py")
+        command.add_argument("--seed", type=int, default=None)
+    for command in (show, run, layers):
+        command.add_argument("--out", type=Path, default=_OUT, metavar="DIR")
+    saved = commands.add_parser("report", help="the table of a run that was saved, by demo, run or Solution.save")
+    saved.add_argument("folder", type=Path, nargs="?", default=_OUT, metavar="DIR")
+    saved.set_defaults(command=_report, needs=("safetensors",))
     return parser
 
 
@@ -96,20 +90,20 @@ def _plainly(message: Warning | str, category: type[Warning], *rest: Any) -> Non
 def _require(packages: Sequence[str]) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise _Wrong(f"the command line needs {', '.join(missing)}: pip install 'eigenfunc[cli]'")
+        raise InputError(f"the command line needs {', '.join(missing)}: pip install 'eigenfunc[cli]'")
 
 
 def _demo(args: argparse.Namespace) -> int:
     epochs = 30
     if args.k < 1 or args.seed < 0:
-        raise _Wrong(f"--k must be at least 1 and --seed at least 0, got {args.k} and {args.seed}")
+        raise InputError(f"--k must be at least 1 and --seed at least 0, got {args.k} and {args.seed}")
     print(f"training the {args.model} on 1,797 handwritten digits")
     with tqdm(total=epochs, unit=" epochs", leave=False) as bar:
         loss, params, data = demo.make_problem(args.model, args.seed, epochs=epochs, report=bar.update)
     A = hessian(loss, params, data)
     print(A.describe())
     if args.k + _SMALLEST > A.size:
-        raise _Wrong(f"--k {args.k} and the {_SMALLEST} smallest are more than the {A.size} eigenvalues there are")
+        raise InputError(f"--k {args.k} and the {_SMALLEST} smallest are more than the {A.size} eigenvalues there are")
     begun = time.perf_counter()
     solution = eigsh(A, (args.k, _SMALLEST), which="BE", seed=args.seed, progress=True, throw=False)
     seconds = time.perf_counter() - begun
@@ -127,56 +121,39 @@ def _dense_truth(A: LinearOperator, k: int) -> Tensor:
 
 
 def _run(args: argparse.Namespace) -> int:
-    loss, params, data = _problem(args.problem)
-    with _Traced(args.problem):
-        A = hessian(loss, params, data)
-        print(A.describe())
+    with problem.traced(args.problem):
+        A = _operator(args.problem)
         solution = eigsh(A, args.k, which=args.which, tol=args.tol, seed=args.seed, progress=True, throw=False)
     return _finish(args, solution, A, {"problem": str(args.problem)}, {})
 
 
-class _Traced:
-    """Turns an exception from the user's own code into bad input, after printing where it came from."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, EigenfuncError):
-            traceback.print_exception(error)
-            raise _Wrong(f"{self.path} failed with {type(error).__name__}; see above") from None
-
-
-def _problem(path: Path) -> tuple[Any, Any, Any]:
-    if not path.is_file():
-        raise _Wrong(f"there is no file {path}\n{_EXAMPLE}")
-    spec = importlib.util.spec_from_file_location("eigenfunc_problem", path)
-    if spec is None or spec.loader is None:
-        raise _Wrong(f"{path} is no Python file\n{_EXAMPLE}")
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        with _Traced(path):
-            spec.loader.exec_module(module)
-            make = getattr(module, "make_problem", None)
-            if not callable(make):
-                raise _Wrong(f"{path} does not define make_problem()\n{_EXAMPLE}")
-            made = make()
-    finally:
-        sys.path[:] = before
-    if not isinstance(made, tuple) or len(made) != 3:
-        what = f"{len(made)} items" if isinstance(made, tuple) else f"a {type(made).__name__}"
-        raise _Wrong(f"make_problem() in {path} must return (loss, params, data), it returned {what}\n{_EXAMPLE}")
-    if not callable(made[0]):
-        raise _Wrong(
-            f"the loss that make_problem() in {path} returns is a {type(made[0]).__name__}, not a function "
-            f"(params, batch) -> ()\n{_EXAMPLE}"
+def _layers(args: argparse.Namespace) -> int:
+    with problem.traced(args.problem):
+        A = _operator(args.problem)
+        found = eigsh_blocks(
+            A, args.k, by=args.by, which=args.which, tol=args.tol, seed=args.seed, progress=True, throw=False
         )
-    return made
+    for name, solution in found.items():
+        print(f"\n{name or 'the module itself'}\n{solution.table()}")
+    whole = sum(solution.success for solution in found.values())
+    print(f"\n{whole} of {len(found)} layers converged")
+    about = {**_about(args, A), "problem": str(args.problem), "by": args.by}
+    reports = {name: solution.report() for name, solution in found.items()}
+    archive.write_json(args.out / "layers.json", {"layers": reports, **about})
+    _draw(plot.layers(found), args.out / "layers.png")
+    return _end(args.out, "layers.json and layers.png", whole == len(found))
+
+
+def _report(args: argparse.Namespace) -> int:
+    solution = Solution.load(args.folder)
+    print(solution.table())
+    return CONVERGED if solution.success else NOT_CONVERGED
+
+
+def _operator(path: Path) -> LinearOperator:
+    A = hessian(*problem.load(path))
+    print(A.describe())
+    return A
 
 
 def _finish(
@@ -187,18 +164,26 @@ def _finish(
     extra: dict[str, list[str]],
 ) -> int:
     """Print the table, write report.json, eigenvectors.safetensors and spectrum.png, and choose the exit code."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(solution.table(extra))
-    print(f"peak memory of the process {tree.gibibytes(peak)}")
-    about = {**about, "k": args.k, "n": A.size, "operator": A.describe(), "peak_memory_bytes": peak}
-    solution.save(args.out, about)
+    solution.save(args.out, _about(args, A) | about)
     _draw(plot.spectrum(solution), args.out / "spectrum.png")
-    print(f"wrote report.json, eigenvectors.safetensors and spectrum.png to {args.out}")
-    return CONVERGED if solution.success else NOT_CONVERGED
+    return _end(args.out, "report.json, eigenvectors.safetensors and spectrum.png", solution.success)
+
+
+def _about(args: argparse.Namespace, A: LinearOperator) -> dict[str, Any]:
+    """What a report says beside the results; the peak memory is printed too."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"peak memory of the process {tree.gibibytes(peak)}")
+    return {"k": args.k, "n": A.size, "operator": A.describe(), "peak_memory_bytes": peak, "version": __version__}
 
 
 def _draw(axes: Any, path: Path) -> None:
     try:
         axes.figure.savefig(path)
     except OSError as error:
-        raise _Wrong(f"cannot write {path}: {error}") from None
+        raise FileError(f"cannot write {path}: {error}") from None
+
+
+def _end(folder: Path, files: str, success: bool) -> int:
+    print(f"wrote {files} to {folder}")
+    return CONVERGED if success else NOT_CONVERGED

@@ -25,7 +25,7 @@ FLOORS = [
     {"verdict", "endgame"},
     {"block_loop"},
     {"eigsh", "lobpcg", "power_iteration", "subspace_iteration"},
-    {"compat", "demo", "layers", "plot"},
+    {"compat", "demo", "layers", "plot", "problem"},
     {"cli"},
     {"__init__", "__main__"},
 ]

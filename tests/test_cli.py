@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import eigenfunc
+from eigenfunc import Solution, eigsh
 from eigenfunc.cli import main
 from tests.helpers import dense_hessian, wanted
 
@@ -37,14 +38,18 @@ def problem(tmp_path: Path) -> Path:
     return path
 
 
-def truth() -> torch.Tensor:
+def truth_matrix() -> torch.Tensor:
     scope: dict[str, Any] = {}
     with torch.random.fork_rng():
         exec(PROBLEM, scope)
         loss, params, data = scope["make_problem"]()
     batches = list(data)
     whole = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-    return torch.linalg.eigvalsh(dense_hessian(lambda p: loss(p, whole), params))
+    return dense_hessian(lambda p: loss(p, whole), params)
+
+
+def truth() -> torch.Tensor:
+    return torch.linalg.eigvalsh(truth_matrix())
 
 
 @pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
@@ -72,6 +77,82 @@ def test_run_writes_a_report_with_the_dense_eigenvalues(problem: Path, which: st
     printed = capsys.readouterr().out
     for word in ("rank", "λ", "true residual", "bound", "verdict", "matvecs", "passes", " s,", "peak memory"):
         assert word in printed
+
+
+def test_a_saved_run_loads_as_a_solution_and_prints_its_table_again(problem: Path, capsys: Any) -> None:
+    out = problem.parent / "out"
+    assert main(["run", str(problem), "--k", "2", "--seed", "0", "--out", str(out)]) == 0
+    first = capsys.readouterr().out
+    assert main(["report", str(out)]) == 0
+    again = capsys.readouterr().out
+    assert again.strip() in first
+    solution = Solution.load(out)
+    assert again == f"{solution}\n"
+    assert solution.stats.seed == 0
+    record = json.loads((out / "report.json").read_text())
+    assert (record["n"], record["format"]) == (43, 1)
+
+
+def test_the_report_of_a_run_that_did_not_converge_is_exit_code_3(tmp_path: Path, capsys: Any) -> None:
+    eigsh(torch.diag(torch.linspace(0, 1, 500).double()), 3, max_matvecs=5, seed=0, throw=False).save(tmp_path)
+    assert main(["report", str(tmp_path)]) == 3
+    assert "NOT converged" in capsys.readouterr().out
+    (tmp_path / "eigenvectors.safetensors").write_bytes(b"")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "checksum" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("by", ["module", "parameter"])
+def test_layers_are_those_of_the_dense_blocks(problem: Path, by: str, capsys: Any) -> None:
+    out = problem.parent / "out"
+    assert (
+        main(["layers", str(problem), "--k", "3", "--by", by, "--tol", "1e-8", "--seed", "0", "--out", str(out)]) == 0
+    )
+    record = json.loads((out / "layers.json").read_text())
+    H = truth_matrix()
+    spans = {"0.bias": range(5), "0.weight": range(5, 25), "2.bias": range(25, 28), "2.weight": range(28, 43)}
+    groups = (
+        {name: [name] for name in spans}
+        if by == "parameter"
+        else {"0": ["0.bias", "0.weight"], "2": ["2.bias", "2.weight"]}
+    )
+    assert set(record["layers"]) == set(groups)
+    for name, members in groups.items():
+        index = [i for member in members for i in spans[member]]
+        block = torch.linalg.eigvalsh(H[index][:, index])
+        report = record["layers"][name]
+        values = torch.tensor(report["values"], dtype=torch.float64)
+        sizes = wanted(block, 3, "LM").abs()
+        assert ((values.abs() - sizes).abs() <= torch.tensor(report["bounds"]).double() + 1e-15).all()
+        assert report["status"] == "converged"
+    assert (record["n"], record["k"], record["by"], record["version"]) == (43, 3, by, eigenfunc.__version__)
+    assert (out / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{len(groups)} of {len(groups)} layers converged" in capsys.readouterr().out
+
+
+HALF = """
+import torch
+
+def make_problem():
+    slopes = torch.linspace(0, 1, 1_000).double() ** 4
+
+    def loss(p, batch):
+        return (slopes * p["hard.w"] ** 2).sum() / 2 + (torch.arange(5) * p["easy.w"] ** 2).sum()
+
+    return loss, {"hard.w": torch.ones(1_000).double(), "easy.w": torch.ones(5).double()}, torch.zeros(1)
+"""
+
+
+def test_layers_that_have_not_converged_are_exit_code_3(problem: Path, capsys: Any) -> None:
+    problem.write_text(HALF)
+    out = problem.parent / "out"
+    more = ["--k", "2", "--which", "SA", "--tol", "1e-9", "--seed", "0", "--out", str(out)]
+    assert main(["layers", str(problem), *more]) == 3
+    assert "1 of 2 layers converged" in capsys.readouterr().out
+    found = json.loads((out / "layers.json").read_text())["layers"]
+    assert found["easy"]["status"] == "converged"
+    assert found["hard"]["status"] != "converged"
 
 
 HARD = """
@@ -125,6 +206,9 @@ def test_a_wrong_problem_file_is_bad_input_and_says_why(name: str, problem: Path
     [
         ["run", "missing.py"],
         ["run"],
+        ["layers"],
+        ["layers", "missing.py"],
+        ["report", "missing"],
         ["unknown"],
         [],
         ["demo", "--k", "0"],
