@@ -77,22 +77,22 @@ def density(density: Any, ax: Axes | None = None) -> Axes:
     axes: Any = canvas.new_axes() if ax is None else ax
     grid, height = density.grid.double(), density.density.double()
     low, high = density.band.double()
-    floor = max(float(height.max()), 1e-300) * 1e-6
+    floor = _floor(density)
     axes.fill_between(
         grid.tolist(), low.clamp_min(floor / 10).tolist(), high.clamp_min(floor / 10).tolist(),
-        color=UP, alpha=0.25, lw=0, label="band",
+        color=UP, alpha=0.25, lw=0, label="95% band",
     )  # fmt: skip
     axes.plot(grid.tolist(), height.clamp_min(floor / 10).tolist(), color=UP, lw=1.5, label="density")
     outliers = density.values.tolist()
     if outliers:
         axes.plot(
             outliers, [0.03] * len(outliers), "v", color=DOWN, ms=6, mew=0,
-            transform=axes.get_xaxis_transform(), label=f"exact eigenvalues ({len(outliers)})", clip_on=False,
+            transform=axes.get_xaxis_transform(), label=f"known eigenvalues ({len(outliers)})", clip_on=False,
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_ylim(floor, 3 * float(high.max().clamp_min(height.max())))
     ends = [*grid[[0, -1]].tolist(), *outliers]
-    bulk = _bulk(density.nodes, density.weights)
+    bulk = max(_bulk(density.nodes, density.weights), 0.0 if density.threshold else density.width)
     if bulk > 0 and max(map(abs, ends)) > 20 * bulk:
         canvas.signed_log(axes, "x", 10.0 ** math.ceil(math.log10(bulk)), min(ends), max(ends), linear=0.8)
     else:
@@ -101,10 +101,19 @@ def density(density: Any, ax: Axes | None = None) -> Axes:
     axes.set_ylabel("share of the eigenvalues per unit")
     axes.grid(color=GRID, lw=0.6)
     axes.legend(frameon=False)
-    probes = density.nodes.shape[0]
-    axes.set_title(f"spectral density from {probes} random vector{'s' * (probes != 1)}")
+    probes, steps = density.nodes.shape
+    axes.set_title(f"spectral density, n = {density.n:,}: {probes} random vector{'s' * (probes > 1)}, {steps} steps")
     axes.spines[["top", "right"]].set_visible(False)
     return axes  # type: ignore[no-any-return]
+
+
+def _floor(density: Any) -> float:
+    """Low enough to show each eigenvalue that a probe has seen by itself, but no more than twelve decades down."""
+    top = max(float(density.density.max()), 1e-300)
+    seen = density.nodes[density.weights > 0.1 / density.n]
+    at = torch.searchsorted(density.grid, seen).clamp_max(len(density.grid) - 1)
+    least = float(density.density[at].min()) if len(seen) else top
+    return min(max(0.1 * least, 1e-12 * top), 1e-3 * top)
 
 
 def _bulk(nodes: Tensor, weights: Tensor) -> float:

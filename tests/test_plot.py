@@ -52,6 +52,9 @@ def estimated(outliers: list[float], seed: int = 0) -> Any:
         nodes=nodes,
         weights=torch.full((4, 10), 0.1).double(),
         values=torch.tensor(outliers, dtype=torch.float64),
+        n=100,
+        width=0.05,
+        threshold=None,
     )
 
 
@@ -304,6 +307,20 @@ def test_the_landscape_is_that_of_the_whole_data_and_touches_nothing() -> None:
             at = {name: p + x * solution.vectors[name][0] + y * solution.vectors[name][1] for name, p in params.items()}
             truth = (10 * plain(at, first) + 4 * plain(at, second)) / 14
             assert found.losses[i, j] == pytest.approx(float(truth), rel=1e-12)
+
+
+def test_random_losses_draw_the_same_at_every_point() -> None:
+    """A random linear function is straight along any line only if its slope stays the same."""
+
+    def loss(p: Tensor, batch: Tensor) -> Tensor:
+        return (torch.rand(4, dtype=torch.float64) * p).sum() + 1 + 0 * batch.sum()
+
+    data = Batches([torch.zeros(2), torch.ones(3)])
+    state = torch.get_rng_state()
+    found = landscape(loss, torch.ones(4).double(), data, quadratic()[3], (0, 1), radius=1.0, points=5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert (found.losses[1:] - found.losses[:-1]).std(0).max() < 1e-12
+    assert found.losses.std() > 1e-3
 
 
 def test_a_landscape_is_drawn_as_it_is() -> None:
