@@ -42,7 +42,9 @@ def write(folder: Path, record: dict[str, Any], vectors: Tree) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside.touch()  # so that what stands in the way is an OSError
+        mode = aside.stat().st_mode  # safetensors would hide the file from all but its owner
         save_file({label: leaf.detach().cpu().contiguous() for label, leaf in tensors.items()}, aside)
+        aside.chmod(mode)
         layout = {"format": FORMAT, "version": __version__, "sha256": _checksum(aside)}
         os.replace(aside, folder / VECTORS)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The command line: `eigenfunc demo`, `run PROBLEM.py`, `layers PROBLEM.py` and `report DIR`."""
+"""The command line: `eigenfunc demo`, `run PROBLEM.py`, `density PROBLEM.py`, `layers PROBLEM.py`, `report DIR`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import EigenfuncError, FileError, InputError
 from eigenfunc.layers import eigsh_blocks
 from eigenfunc.operator import LinearOperator
-from eigenfunc.solution import Solution
+from eigenfunc.solution import EigenPairs, Solution
+from eigenfunc.stochastic.density import spectral_density
 
 CONVERGED, NOT_CONVERGED, BAD_INPUT = 0, 3, 2
 
@@ -62,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_demo, needs=("matplotlib", "safetensors", "sklearn"))
     run = commands.add_parser("run", help="the spectrum of your own model")
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
+    density = commands.add_parser("density", help="how the eigenvalues of your own model are distributed")
+    density.add_argument(
+        "--k", type=int, default=10, help="eigenpairs of largest magnitude to take out and find exactly"
+    )
+    density.add_argument("--tol", type=float, default=1e-4, help="of those, relative to each eigenvalue")
+    density.add_argument("--probes", type=int, default=10, help="random vectors")
+    density.add_argument("--steps", type=int, default=80, help="products for each")
+    density.set_defaults(command=_density, needs=("matplotlib",))
     layers = commands.add_parser("layers", help="the spectrum of each layer of your own model")
     layers.add_argument("--by", choices=("module", "parameter"), default="module")
     layers.set_defaults(command=_layers, needs=("matplotlib",))
@@ -69,11 +78,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--k", type=int, default=6)
         command.add_argument("--which", choices=("LM", "LA", "SA", "BE"), default="LM")
         command.add_argument("--tol", type=float, default=1e-4, help="relative to each eigenvalue")
-    for command in (run, layers):
+    for command in (run, density, layers):
         command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, problem.EXAMPLE
         command.add_argument("problem", type=Path, metavar="PROBLEM.py")
         command.add_argument("--seed", type=int, default=None)
-    for command in (show, run, layers):
+    for command in (show, run, density, layers):
         command.add_argument("--out", type=Path, default=_OUT, metavar="DIR")
     saved = commands.add_parser("report", help="the table of a run that was saved, by demo, run or Solution.save")
     saved.add_argument("folder", type=Path, nargs="?", default=_OUT, metavar="DIR")
@@ -125,6 +134,36 @@ def _run(args: argparse.Namespace) -> int:
         A = _operator(args.problem)
         solution = eigsh(A, args.k, which=args.which, tol=args.tol, seed=args.seed, progress=True, throw=False)
     return _finish(args, solution, A, {"problem": str(args.problem)}, {})
+
+
+def _density(args: argparse.Namespace) -> int:
+    if args.probes < 1 or args.steps < 2:
+        raise InputError(f"--probes must be at least 1 and --steps at least 2, got {args.probes} and {args.steps}")
+    with problem.traced(args.problem):
+        A = _operator(args.problem)
+        pairs, success = None, True
+        if args.k != 0:
+            solution = eigsh(A, args.k, tol=args.tol, seed=args.seed, progress=True, throw=False)
+            print(solution.table())
+            pairs, success = _certified(solution), solution.success
+        found = spectral_density(
+            A, num_probes=args.probes, num_steps=args.steps, pairs=pairs, seed=args.seed, progress=True
+        )
+    print(f"\n{found}")
+    record = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in vars(found).items()}
+    about = {**_about(args, A), "problem": str(args.problem), "probes": args.probes, "steps": args.steps}
+    archive.write_json(args.out / "density.json", {**record, **about})
+    _draw(plot.density(found), args.out / "density.png")
+    return _end(args.out, "density.json and density.png", success)
+
+
+def _certified(solution: Solution) -> EigenPairs | None:
+    """The pairs that have converged: the others are left to the estimate."""
+    ok = solution.converged
+    if not ok.any():
+        return None
+    vectors = tree.tree_map(lambda leaf: leaf[ok.to(leaf.device)], solution.vectors)
+    return EigenPairs(solution.values[ok], vectors, solution.residuals[ok])
 
 
 def _layers(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from eigenfunc.curvature.products import Loss
 from eigenfunc.errors import InputError
 from eigenfunc.landscape import Landscape, landscape as sampled
 from eigenfunc.solution import Solution
+from eigenfunc.stochastic.density import Density
 from eigenfunc.tree import By, Tree
 
 if TYPE_CHECKING:
@@ -68,15 +69,15 @@ def spectrum(solution: Solution, ax: Axes | None = None) -> Axes:
     return axes  # type: ignore[no-any-return]
 
 
-def density(density: Any, ax: Axes | None = None) -> Axes:
+def density(density: Density, ax: Axes | None = None) -> Axes:
     """A spectral density with its band: logarithmic upwards, sideways linear over the bulk and logarithmic beyond.
 
-    density  a `Density`, with grid (g,), density (g,), band (2, g), nodes and weights (probes, steps), and values (k,),
-             the eigenvalues known exactly, which are drawn as marks along the lower edge
+    The eigenvalues of known pairs, which the density leaves out, are marks along the lower edge. Where the others span
+    several orders of magnitude, `density.on(threshold=...)` smooths them evenly on such an axis.
     """
     axes: Any = canvas.new_axes() if ax is None else ax
-    grid, height = density.grid.double(), density.density.double()
-    low, high = density.band.double()
+    grid, height = density.grid, density.density
+    low, high = density.band
     floor = _floor(density)
     axes.fill_between(
         grid.tolist(), low.clamp_min(floor / 10).tolist(), high.clamp_min(floor / 10).tolist(),
@@ -107,7 +108,7 @@ def density(density: Any, ax: Axes | None = None) -> Axes:
     return axes  # type: ignore[no-any-return]
 
 
-def _floor(density: Any) -> float:
+def _floor(density: Density) -> float:
     """Low enough to show each eigenvalue that a probe has seen by itself, but no more than twelve decades down."""
     top = max(float(density.density.max()), 1e-300)
     seen = density.nodes[density.weights > 0.1 / density.n]
@@ -118,8 +119,8 @@ def _floor(density: Any) -> float:
 
 def _bulk(nodes: Tensor, weights: Tensor) -> float:
     """The size of an eigenvalue below which nine in ten of them lie."""
-    sizes, order = nodes.abs().flatten().double().sort()
-    shares = weights.flatten().double()[order].cumsum(0)
+    sizes, order = nodes.abs().flatten().sort()
+    shares = weights.flatten()[order].cumsum(0)
     return float(sizes[min(int((shares < 0.9 * shares[-1]).sum()), len(sizes) - 1)])
 
 

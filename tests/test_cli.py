@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,45 @@ def test_the_report_of_a_run_that_did_not_converge_is_exit_code_3(tmp_path: Path
     assert main(["report", str(tmp_path / "nowhere")]) == 2
 
 
+def test_a_density_takes_out_the_largest_pairs_and_counts_the_rest(problem: Path, capsys: Any) -> None:
+    out = problem.parent / "out"
+    more = ["--k", "4", "--probes", "6", "--steps", "39", "--seed", "3", "--out", str(out)]
+    assert main(["density", str(problem), *more]) == 0
+    record = json.loads((out / "density.json").read_text())
+    values = truth()
+    largest = values[values.abs().argsort(descending=True)[:4]].sort().values
+    assert torch.allclose(torch.tensor(record["values"]).double(), largest, atol=1e-6)
+    assert (record["n"], record["k"], record["probes"], record["steps"], record["seed"]) == (43, 4, 6, 39, 3)
+    nodes, weights = (torch.tensor(record[name], dtype=torch.float64) for name in ("nodes", "weights"))
+    assert nodes.shape == weights.shape == (6, 39)
+    assert torch.allclose(weights.sum(1), torch.full((6,), 39 / 43).double())
+    trace = float((weights * nodes).sum(1).mean() + torch.tensor(record["values"]).double().sum() / 43)
+    rest = values[values.abs().argsort(descending=True)[4:]]
+    spread = float((2 * (rest - rest.mean()).square().mean() / (39 * 6)) ** 0.5)
+    assert abs(trace - float(values.mean())) < 4 * spread
+    assert len(record["band"]) == 2
+    assert (out / "density.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "all 4 pairs certified" in printed
+    assert "share of eigenvalues" in printed
+
+
+def test_a_density_without_pairs_and_one_whose_pairs_have_not_converged(
+    problem: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    out = problem.parent / "out"
+    assert main(["density", str(problem), "--k", "0", "--probes", "2", "--steps", "5", "--out", str(out)]) == 0
+    assert json.loads((out / "density.json").read_text())["values"] == []
+    problem.write_text(CLOSE)
+    monkeypatch.setattr("eigenfunc.cli.eigsh", partial(eigsh, max_matvecs=25))
+    more = ["--k", "3", "--probes", "2", "--steps", "5", "--seed", "0", "--out", str(out)]
+    assert main(["density", str(problem), *more]) == 3
+    kept = json.loads((out / "density.json").read_text())["values"]
+    assert "NOT converged" in capsys.readouterr().out
+    assert len(kept) == 1
+    assert abs(kept[0] - 2) < 1e-9
+
+
 @pytest.mark.parametrize("by", ["module", "parameter"])
 def test_layers_are_those_of_the_dense_blocks(problem: Path, by: str, capsys: Any) -> None:
     out = problem.parent / "out"
@@ -129,6 +169,15 @@ def test_layers_are_those_of_the_dense_blocks(problem: Path, by: str, capsys: An
     assert (record["n"], record["k"], record["by"], record["version"]) == (43, 3, by, eigenfunc.__version__)
     assert (out / "layers.png").read_bytes().startswith(b"\x89PNG")
     assert f"{len(groups)} of {len(groups)} layers converged" in capsys.readouterr().out
+
+
+CLOSE = """
+import torch
+
+def make_problem():
+    slopes = torch.cat([torch.linspace(0, 1, 2_000), torch.tensor([2.0])]).double()
+    return lambda p, batch: (slopes * p**2).sum() / 2, torch.ones(2_001).double(), torch.zeros(1)
+"""
 
 
 HALF = """
@@ -207,6 +256,9 @@ def test_a_wrong_problem_file_is_bad_input_and_says_why(name: str, problem: Path
         ["run", "missing.py"],
         ["run"],
         ["layers"],
+        ["density"],
+        ["density", "missing.py"],
+        ["density", "missing.py", "--probes", "0"],
         ["layers", "missing.py"],
         ["report", "missing"],
         ["unknown"],

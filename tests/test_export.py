@@ -198,6 +198,7 @@ def test_a_solution_of_a_solver_comes_back_and_the_report_is_strict_json(tmp_pat
     assert (report["model"], report["worst"], report["format"]) == ("none", "inf", 1)
     assert report["values"] == solution.values.tolist()
     assert sorted(path.name for path in folder.iterdir()) == ["eigenvectors.safetensors", "report.json"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     with pytest.raises(InputError, match="'values' is a field"):
         solution.save(folder, {"values": 1})
 
