@@ -267,7 +267,7 @@ class LinearOperator:
             like,
             stacked,
             None if streams is None else lambda: (within(product) for product in streams()),
-            f"block {', '.join(like)} of ({self._words()})",
+            lambda: f"block {', '.join(like)} of ({self._words()})",
             self.noise,
             principal=None if self.principal is None else principal,
         )

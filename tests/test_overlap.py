@@ -187,11 +187,10 @@ def test_the_gradient_of_a_classifier_moves_into_a_tiny_subspace() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(x[index]), labels[index]).backward()
         optimizer.step()
-        if step in (20, 100, 200):
+        if step in (20, 200):
             top = eigsh(hessian(loss, params, (x, labels), check=False), 10, which="LA", tol=1e-3, seed=0)
             shares[step] = float(gradient_overlap(loss, params, (x, labels), top))
     assert shares[20] < 0.1
-    assert shares[100] > 0.6
     assert shares[200] > 0.85
     random = tree.randn(params, g)
     unit = tree.scale(1 / tree.norm(random), random)
