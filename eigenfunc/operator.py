@@ -236,7 +236,8 @@ class LinearOperator:
         picked = set(tree.chosen(labels, select, "restrict"))
         if doubled := next((name for name in labels if name in picked and labels.count(name) > 1), None):
             raise TreeError(f"restrict: two leaves are called '{doubled}', so that it does not say which is meant")
-        like = {name: ref for name, ref in zip(labels, refs, strict=True) if name in picked}
+        by_name = dict(zip(labels, refs, strict=True))
+        like = {name: by_name[name] for name in tree.filled_names(self.like) if name in picked}
         names, back = tree.names(like), tree.flatten(like)[1]
         positions = tuple(labels.index(name) for name in names)
 
@@ -266,7 +267,7 @@ class LinearOperator:
             like,
             stacked,
             None if streams is None else lambda: (within(product) for product in streams()),
-            f"block {', '.join(like)} of ({self._words()})",
+            lambda: f"block {', '.join(like)} of ({self._words()})",
             self.noise,
             principal=None if self.principal is None else principal,
         )

@@ -45,6 +45,13 @@ def names(tree: Tree) -> list[str]:
     return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
 
 
+def filled_names(tree: Tree) -> list[str]:
+    """The same names in the order in which dicts were filled: that of the layers, for the parameters of a module."""
+    with optree.dict_insertion_ordered(True, namespace="eigenfunc"):
+        paths = optree.tree_paths(tree, namespace="eigenfunc")
+    return [".".join(str(key) for key in path) for path in paths]
+
+
 def stack(trees: Sequence[Tree]) -> Tree:
     return tree_map(lambda *rows: torch.stack(rows), *trees)
 
@@ -314,9 +321,7 @@ def grouped(tree: Tree, by: By, what: str) -> dict[str, list[str]]:
 
     Raises `InputError` for anything else, and where a selection selects nothing.
     """
-    with optree.dict_insertion_ordered(True, namespace="eigenfunc"):
-        paths = optree.tree_paths(tree, namespace="eigenfunc")
-    all_names = [".".join(str(key) for key in path) for path in paths]
+    all_names = filled_names(tree)
     if isinstance(by, str) and by not in _GROUPS:
         raise InputError(f"{what} must be 'module', 'parameter', a function or a list of patterns, got {by!r}")
     if not isinstance(by, str) and not callable(by):

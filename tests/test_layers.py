@@ -66,9 +66,14 @@ def setting() -> Setting:
 def dense_blocks(by: Callable[[str], str]) -> dict[str, Tensor]:
     _, params = functional_loss(model(), nn.CrossEntropyLoss())
     whole = dense_hessian(plain(model(), lambda m: F.cross_entropy(m(X), Y)), params)
-    owners = [by(name) for name in sorted(params) for _ in range(params[name].numel())]
-    index = {group: torch.tensor([i for i, o in enumerate(owners) if o == group]) for group in set(owners)}
+    groups = [by(name) for name in owners(params)]
+    index = {group: torch.tensor([i for i, g in enumerate(groups) if g == group]) for group in set(groups)}
     return {group: whole[rows][:, rows] for group, rows in index.items()}
+
+
+def owners(params: dict[str, Tensor]) -> list[str]:
+    """The name of the parameter that holds each entry of a flat vector."""
+    return [name for name in sorted(params) for _ in range(params[name].numel())]
 
 
 def module(name: str) -> str:
@@ -177,8 +182,29 @@ def test_a_block_product_that_does_not_agree_is_not_used(wrong: str, monkeypatch
     monkeypatch.setattr(products, "_narrowed", broken)
     loss, params, data = setting()
     found = blocks(loss, params, Batches(data), product="jvp")
+    assert "whole products" not in found["last"].describe()
     for name, truth in dense_blocks(module).items():
         assert (found[name].to_dense() - truth).abs().max() < 1e-12, name
+    count = {"raises": 5, "lies": 4}[wrong]  # zero is zero, for the unused layer
+    assert f"{count} blocks by whole products" in found["last"].describe()
+
+
+def test_kept_and_remade_graphs_are_both_held_against_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrowed, (loss, params, _) = products._narrowed, setting()
+    size = hessian(loss, params, CUT[0], product="graph", check=False)
+    budget = int(float(size.describe().split("kept (")[1].split()[0]) * 1024 * 1.5)
+    whole = hessian(loss, params, Batches(CUT), check=False).to_dense()
+
+    def lying(way: Any, f: Any, point: Any, chosen: Any) -> Any:
+        product = narrowed(way, f, point, chosen)
+        return product._replace(single=lambda v: [1.01 * x for x in product.single(v)])
+
+    monkeypatch.setattr(products, "_narrowed", lying)
+    monkeypatch.setattr("eigenfunc.curvature.hessian._fastest", lambda *_: ("jvp", 0.0))
+    A = hessian(loss, params, Batches(CUT), cache=budget)
+    assert "the first 1, and no others, kept" in A.describe()
+    index = torch.tensor([i for i, name in enumerate(owners(params)) if name.startswith("last")])
+    assert (A.restrict("last").to_dense() - whole[index][:, index]).abs().max() < 1e-12
 
 
 @given(seed=st.integers(0, 1000), c=st.floats(-3, 3), sigma=st.floats(-3, 3))
@@ -192,9 +218,8 @@ def test_the_algebra_keeps_cheap_blocks(seed: int, c: float, sigma: float) -> No
     assert A.principal is not None
     inner = A.restrict(lambda name: name != "gain").restrict(["last", "first.weight", "unused.bias"])
     assert inner.principal is not None
-    dense, names = A.to_dense(), sorted(params)
-    owners = [name for name in names for _ in range(params[name].numel())]
-    index = torch.tensor([i for i, name in enumerate(owners) if name in inner.like])
+    dense = A.to_dense()
+    index = torch.tensor([i for i, name in enumerate(owners(params)) if name in inner.like])
     assert (inner.to_dense() - dense[index][:, index]).abs().max() < 1e-12
     assert H.deflate(eigsh(H, 1, seed=0)).principal is None
 
@@ -301,10 +326,9 @@ def test_nothing_of_the_model_changes_and_dropout_repeats() -> None:
         for cache in (0, 2**30):
             A = hessian(loss, params, Batches(CUT), cache=cache)
             whole = A.to_dense()
-            owners = [module(name) for name in sorted(params) for _ in range(params[name].numel())]
             found = eigsh_blocks(A, 2, seed=0)
             for name, solution in found.items():
-                index = torch.tensor([i for i, owner in enumerate(owners) if owner == name])
+                index = torch.tensor([i for i, owner in enumerate(owners(params)) if module(owner) == name])
                 values = torch.linalg.eigvalsh(whole[index][:, index])
                 assert (solution.values[0].abs() - values.abs().max()).abs() <= solution.bounds[0]
 

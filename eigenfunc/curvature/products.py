@@ -90,7 +90,9 @@ def graph(f: Function, point: Sequence[Tensor]) -> Product:
     return within(range(len(leaves)))._replace(within=within)
 
 
-def _narrowed(way: Way, f: Function, point: Sequence[Tensor], chosen: Sequence[int]) -> Product:
+def _narrowed(
+    way: Callable[[Function, Sequence[Tensor]], Product], f: Function, point: Sequence[Tensor], chosen: Sequence[int]
+) -> Product:
     """The product by `way` of f as a function of some of its leaves alone, the others constant."""
 
     def g(some: Sequence[Tensor]) -> Tensor:
