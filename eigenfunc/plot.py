@@ -59,11 +59,12 @@ def spectrum(solution: Solution, ax: Axes | None = None) -> Axes:
         unit = 10.0 ** math.floor(math.log10(max(sizes[0], 1e-8 * sizes[-1])))
         canvas.signed_log(axes, "y", unit, low, high, linear=0.25)
     axes.axhline(0, color="black", lw=0.8)
+    axes.set_xlim(0.3, len(values) + 0.7)
     axes.set_xlabel("rank")
     axes.set_ylabel("eigenvalue, with its error bound")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(axis="y", color=GRID, lw=0.6)
-    axes.legend(frameon=False)
+    axes.legend(edgecolor=GRID, framealpha=0.9)
     axes.set_title(f"{solution.which}: {sum(converged)} of {len(values)} eigenpairs certified")
     axes.spines[["top", "right"]].set_visible(False)
     return axes  # type: ignore[no-any-return]
@@ -101,7 +102,7 @@ def density(density: Density, ax: Axes | None = None) -> Axes:
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("share of the eigenvalues per unit")
     axes.grid(color=GRID, lw=0.6)
-    axes.legend(frameon=False)
+    axes.legend(edgecolor=GRID, framealpha=0.9)
     probes, steps = density.nodes.shape
     axes.set_title(f"spectral density, n = {density.n:,}: {probes} random vector{'s' * (probes > 1)}, {steps} steps")
     axes.spines[["top", "right"]].set_visible(False)
@@ -212,7 +213,7 @@ def landscape(
         axes.plot(found.offsets.tolist(), found.model.tolist(), "--", color=DOWN, lw=1.4, label="quadratic model")
         axes.set_ylabel("loss")
         axes.grid(color=GRID, lw=0.6)
-        axes.legend(frameon=False)
+        axes.legend(edgecolor=GRID, framealpha=0.9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title("loss around the parameters")
     else:

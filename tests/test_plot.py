@@ -134,6 +134,7 @@ def test_a_spectrum_shows_each_value_bound_and_verdict(pairs: list[tuple[float, 
         for rank, value, bound in zip(*columns, strict=True):
             seen[int(rank)] = (value, bound, label.split(" (")[0])
     assert sorted(seen) == list(range(1, len(values) + 1))
+    assert [tick for tick in axes.get_xticks() if 0.3 < tick < 1.7] == [1] or len(values) > 1
     low, high = axes.get_ylim()
     for rank, (value, ok) in enumerate(pairs, start=1):
         shown, bound, label = seen[rank]
