@@ -98,6 +98,11 @@ class Products:
         """The length of the error of a product with a unit vector, for an operator of norm `anorm`."""
         return 2 * max(max(self.eps, self.noise) * anorm, self.declared)
 
+    def explained(self, anorm: float) -> float:
+        """The departure from symmetry, relative to ‖A‖ = `anorm`, that rounding explains."""
+        explained = max(100 * self.eps, 20 * self.noise)
+        return explained + 20 * self.declared / anorm if anorm > 0 else explained
+
     def floor(self, anorm: float) -> float:
         """Residuals are not told apart below this, for an operator of norm `anorm`."""
         return max(self.aim(anorm), 8 * self.eps * anorm)

@@ -25,6 +25,10 @@ class DataError(InputError):
     """The data is empty, spent, impossible to weigh, or makes the loss non-finite."""
 
 
+class FileError(InputError):
+    """A saved result is missing, damaged or of a later format, or cannot be written."""
+
+
 class ProductError(EigenfuncError, RuntimeError):
     """No way of forming the matrix-vector product proves right on this model."""
 

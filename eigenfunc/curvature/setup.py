@@ -23,7 +23,7 @@ from eigenfunc.curvature.proof import Proof, check_mends, disagreement, prove, t
 from eigenfunc.curvature.sweep import Prepare, Sweep, budget_for, seconds
 from eigenfunc.data import Batches, Reader, as_batches, average
 from eigenfunc.errors import CompileWarning, InputError, ObjectiveError
-from eigenfunc.operator import LinearOperator, MatVec
+from eigenfunc.operator import LinearOperator, MatVec, Part
 from eigenfunc.tree import Tree
 
 _KEPT = "graph"  # the way whose work between products can be kept
@@ -149,11 +149,17 @@ class _SetUp(NamedTuple, Generic[F]):
             current()
             return sweep.matmat(vs)
 
+        def principal(parts: Sequence[Part]) -> list[list[Tensor]]:
+            current()
+            return sweep.principal(parts)
+
         def describe() -> str:
             error = f", off by at most {matrix.noise():.0e} for unit vectors so far" if asked else ""
             return f"{prefix}{error}; {sweep.describe()}{figures}"
 
-        return LinearOperator(matvec, point, matmat, sweep.minibatches, describe, matrix.noise, sweep.block_ratio)
+        return LinearOperator(
+            matvec, point, matmat, sweep.minibatches, describe, matrix.noise, sweep.block_ratio, principal
+        )
 
     def _formed(self, way: str, batch: Any, seed: int, leaves: Sequence[Tensor]) -> Product:
         f = self.matrix.bind(batch, self.point, seed)
