@@ -27,8 +27,8 @@ class Products:
     def __init__(self, A: Any) -> None:
         if scope.inside_transform():
             raise TransformError(
-                "solvers and estimators read values, which no torch.func transform allows; inside vmap, grad or jvp use "
-                "eigenfunc.lanczos, eigenfunc.power or eigenfunc.trace_probes, which form a fixed number of products"
+                "solvers and estimators read values, which no torch.func transform allows; inside vmap, grad or jvp "
+                "use eigenfunc.lanczos, eigenfunc.power or eigenfunc.trace_probes, of a fixed number of products"
             )
         A = aslinearoperator(A)
         tree.check_vector_space(A.like, "the operator's `like`")

@@ -85,8 +85,8 @@ def funm_multiply(
     result = FunctionProduct(value, error * length, error <= tol * size, products.matvecs)
     if throw and not result.converged:
         raise NotConverged(
-            f"after {j} steps f(A) v, of length {size * length:.2g}, still changes by {change * length:.2g}, and rounding "
-            f"leaves {rounding * length:.2g} open: raise num_steps (now {num_steps}) or tol, or use float64",
+            f"after {j} steps f(A) v, of length {size * length:.2g}, still changes by {change * length:.2g}, and "
+            f"rounding leaves {rounding * length:.2g} open: raise num_steps (now {num_steps}) or tol, or use float64",
             result,
         )
     return result

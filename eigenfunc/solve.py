@@ -131,7 +131,7 @@ def _refine(
         if products.matvecs >= spend - 2:
             return x, size, f"raise max_matvecs (now {spend}), shift or tol"
         if now > 0.5 * before:
-            return x, size, f"the residual stagnates at {size:.2g} ‖b‖, by rounding: raise tol, or use float64"
+            return x, size, _stagnant(size)
 
 
 def _image(products: Products, v: Tensor) -> Tensor:
@@ -165,40 +165,55 @@ def _cg(products: Products, b: Tensor, tol: float, stop: int) -> _Outcome:
 
 
 def _minres(products: Products, b: Tensor, tol: float, stop: int) -> _Outcome:
+    """Where b lies partly outside of the range, ‖A r‖/‖r‖ falls until rounding drives x off: the best x is kept."""
     state = minres.init(b)
-    taken = 0
+    taken = best = 0
+    x = before = state.x
+    least = then = math.inf
     while products.matvecs < stop:
         for _ in range(min(_cadence(taken), stop - products.matvecs)):
+            before = state.x
             state = minres.step(state, _image(products, state.v))
             taken += 1
-        rest, normal, anorm, alive = torch.stack(
-            [state.rest.abs(), state.normal, state.anorm, tree.norm(state.v)]
-        ).tolist()
+        figures = torch.stack([state.rest.abs(), state.normal, state.anorm, tree.norm(state.v)])
+        rest, normal, anorm, alive = figures.tolist()
         if not math.isfinite(rest):
             raise NonFiniteError(non_finite(products.matvecs))
         if rest <= tol:
-            break
-        if alive == 0 or normal <= products.eps**0.75 * anorm:
-            return _Outcome(state.x, _unsolvable(products, b - products(state.x), anorm))
+            return _Outcome(state.x, "")
+        if alive == 0 or normal < least:
+            x, best, least, then = before, taken, normal, rest
+        vanished = least <= 10 * products.eps**0.5 * anorm
+        if alive == 0 or (vanished and taken > 2 * best + 10 and rest > 0.5 * then):
+            return _Outcome(x, _unsolvable(products, b - products(x), anorm))
     return _Outcome(state.x, "")
 
 
 def _not_definite(curvature: float, least: float, scale: float) -> str:
     verdict = "so the matrix is not positive definite" if curvature < -least else "which is zero to within rounding"
     return (
-        f"the curvature ⟨p, A p⟩/⟨p, p⟩ along a direction of conjugate gradients is {curvature * scale:.2g}, {verdict}; "
+        f"the curvature ⟨p, A p⟩/⟨p, p⟩ along a direction p of the method is {curvature * scale:.2g}, {verdict}; "
         "use method='minres', or a larger shift"
     )
 
 
 def _unsolvable(products: Products, rest: Tensor, anorm: float) -> str:
-    """What to say where A r all but vanishes for the residual r (1, n); nothing, if it does not by a fresh product."""
+    """What to say where A r all but vanishes for the residual r (1, n); nothing, if a fresh product does not."""
     size = float(tree.norm(rest))
-    if float(tree.norm(products(rest))) > 10 * products.eps**0.75 * anorm * size:
+    ratio = float(tree.norm(products(rest))) / (anorm * size) if anorm * size > 0 else 0.0
+    if ratio > 100 * products.eps**0.5:
         return ""
     return (
-        f"to within rounding the matrix is singular and a part of b, {size:.2g} of its length, lies outside of its "
-        "range: x is a least-squares solution; take that part out of b, or use a shift"
+        f"what is left of b, {size:.2g} of its length, lies where the matrix vanishes (‖A r‖ = {ratio:.1g} ‖A‖ ‖r‖): "
+        "x is a least-squares solution for a matrix as close to it as that; take that part out of b, use a shift, "
+        "or float64 where that is missing"
+    )
+
+
+def _stagnant(size: float) -> str:
+    return (
+        f"the residual stagnates at {size:.2g} ‖b‖, by rounding or because the matrix is singular: raise tol, or use "
+        "float64 or a shift"
     )
 
 

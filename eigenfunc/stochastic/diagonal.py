@@ -40,7 +40,7 @@ def diagonal(A: Any, *, num_matvecs: int, method: DiagonalMethod = "xdiag", seed
         raise InputError(f"method must be one of {', '.join(map(repr, _LEAST))}, got {method!r}")
     products = Products(A)
     n = products.size
-    count = budget(num_matvecs, _LEAST[method], n, "fewer samples than two have no standard error")
+    count = budget(num_matvecs, _LEAST[method], n)
     generator, seed = seeded(seed)
     with scope.full_precision(products.device), torch.no_grad():
         dof = math.inf

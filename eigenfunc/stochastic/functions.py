@@ -15,7 +15,7 @@ from eigenfunc.certificate import Products, non_finite, seeded, whole
 from eigenfunc.errors import InputError, NonFiniteError
 from eigenfunc.krylov import lanczos as kernel
 from eigenfunc.krylov.quadrature import Quadrature, gauss
-from eigenfunc.stochastic.estimate import Estimate, concluded, spread
+from eigenfunc.stochastic.estimate import Estimate, spread
 from eigenfunc.stochastic.probes import blocks, budget, grain, multiplied, sphere, units
 
 Function = Callable[[Tensor], Tensor]
@@ -88,29 +88,106 @@ def _number(value: Any, what: str) -> float:
 
 
 def _trace_of(A: Any, f: Function, check: Check, num_probes: int, num_steps: int, seed: int | None) -> Estimate[float]:
+    """tr f(A) by Gauss quadrature of the spectral measures of random vectors."""
     products = Products(A)
     n = products.size
-    count = budget(num_probes, 2, n, "one sample has no standard error", "num_probes")
+    count = budget(num_probes, 2, n, "num_probes")
     steps = min(whole(num_steps, "num_steps", _LEAST), n)
     generator, seed = seeded(seed)
-    samples, earlier = [], []
+    found = []
     with scope.full_precision(products.device), torch.no_grad():
         for start, size in blocks(count, products, room=steps + 1):
             drawn = units(start, size, products) if count == n else sphere(size, products, generator) / math.sqrt(n)
             state = _chains(products, drawn, steps)
             noise = grain(products) * float(state.anorm.max()) + products.declared
-            full, half = _rule(state, steps), _rule(state, max(steps // 2, 1))
-            check(float(full.nodes.min()) * products.scale, noise * products.scale)
-            samples.append(_integral(f, full, products.scale))
-            earlier.append(_integral(f, half, products.scale))
-    values, shorter = torch.cat(samples), torch.cat(earlier)
-    if not bool(torch.isfinite(shorter).all()):
-        shorter = torch.zeros_like(values)
-    quadrature = 0.0 if steps == n else float((values - shorter).mean())
-    variance, dof = (0.0, math.inf) if count == n else (float(spread(n * values)), count - 1.0)
-    value = n * float(values.mean())
-    slope = float(
-        (_integral(f, full._replace(nodes=full.nodes + noise), products.scale) - samples[-1]).abs().mean()
-    )  # what an error of the nodes makes of it
-    rounding = math.hypot(n * quadrature, n * slope + grain(products) * n * float(values.abs().mean()))
-    return Estimate(value, math.sqrt(variance + rounding**2), dof, products.matvecs, seed)
+            whole_rule, half = _rule(state, steps), _rule(state, max(steps // 2, 1))
+            check(float(whole_rule.nodes.min()) * products.scale, noise * products.scale)
+            moved = whole_rule._replace(nodes=whole_rule.nodes + noise)
+            found.append(torch.stack([_integral(f, rule, products.scale) for rule in (whole_rule, half, moved)]))
+    samples, shorter, moved_samples = n * torch.cat(found, dim=1)
+    quadrature = 0.0 if steps == n else float((samples - shorter).mean())
+    rounding = float((samples - moved_samples).abs().mean()) + grain(products) * float(samples.abs().mean())
+    variance, dof = (0.0, math.inf) if count == n else (float(spread(samples)), count - 1.0)
+    stderr = math.sqrt(variance + quadrature**2 + rounding**2)
+    return Estimate(float(samples.mean()), stderr, dof, products.matvecs, seed)
+
+
+def _chains(products: Products, starts: Tensor, steps: int) -> kernel.State:
+    """Lanczos from each of the unit vectors (p, n) at once, a product with all of them at each step."""
+    images = multiplied(products, starts)
+
+    def begun(start: Tensor, image: Tensor) -> kernel.State:
+        return kernel.absorb(kernel.init(start[None], image[None], steps + 1), image[None], 0)
+
+    state: kernel.State = torch.func.vmap(begun)(starts, images)
+    for j in range(1, steps):
+        images = products(state.basis[:, j])
+        state = torch.func.vmap(partial(kernel.absorb, j=j))(state, images[:, None])
+    if not bool(state.finite.all()):
+        raise NonFiniteError(non_finite(products.matvecs))
+    return state
+
+
+def _rule(state: kernel.State, steps: int) -> Quadrature:
+    t = state.t[:, :steps, :steps].cpu()
+    alphas, couplings = torch.diagonal(t, dim1=1, dim2=2), torch.diagonal(t, offset=-1, dim1=1, dim2=2)
+    betas = torch.cat([couplings, torch.zeros_like(alphas[:, :1])], dim=1)
+    return gauss(alphas, betas, state.alive[:, :steps].cpu() > 0)
+
+
+def _integral(f: Function, rule: Quadrature, scale: float) -> Tensor:
+    return (rule.weights * f(rule.nodes * scale)).sum(-1)
+
+
+def moments(A: Any, order: int = 4, *, num_probes: int = 32, seed: int | None = None) -> list[Estimate[float]]:
+    """tr(A^p)/n, the moments of the spectral density, for p = 1, …, order, from ⌈order/2⌉ products for each probe.
+
+    ⟨z, A^(i+j) z⟩ = ⟨A^i z, A^j z⟩ over random z on the sphere; all moments come from the same probes. With n probes
+    or more nothing is random. Memory: a few vectors for each probe of a block.
+
+    Raises `InputError` for arguments out of range and for a moment beyond float64; else as `trace` does.
+    """
+    order = whole(order, "order", 1)
+    products = Products(A)
+    n = products.size
+    count = budget(num_probes, 2, n, "num_probes")
+    generator, seed = seeded(seed)
+    unit, found = 0.0, []
+    with scope.full_precision(products.device), torch.no_grad():
+        for start, size in blocks(count, products, room=3):
+            z = units(start, size, products) if count == n else sphere(size, products, generator) / math.sqrt(n)
+            forms = []
+            for _ in range((order + 1) // 2):
+                image = multiplied(products, z)
+                unit = unit or _binary(float(tree.norms(image).max()))
+                image = image / unit
+                forms += [tree.dots(z, image), tree.dots(image, image)]
+                z = image
+            found.append(torch.stack(forms))
+    samples = torch.cat(found, dim=1).cpu()
+    even = [1.0, *samples.mean(1)[1::2].tolist()]
+    blur = grain(products) + products.declared / unit
+    out = []
+    for p, row in enumerate(samples[:order], start=1):
+        rounding = p * blur * math.sqrt(even[p // 2] * even[(p + 1) // 2])
+        variance, dof = (0.0, math.inf) if count == n else (float(spread(row)), count - 1.0)
+        value = _raised(float(row.mean()), products.scale * unit, p)
+        stderr = _raised(math.hypot(math.sqrt(variance), rounding), products.scale * unit, p)
+        out.append(Estimate(value, stderr, dof, products.matvecs, seed))
+    return out
+
+
+def _binary(size: float) -> float:
+    """The power of two next below, or 1 for zero."""
+    return 2.0 ** math.floor(math.log2(size)) if size > 0 else 1.0
+
+
+def _raised(value: float, unit: float, p: int) -> float:
+    """value · unit^p for a power of two `unit`."""
+    try:
+        out = math.ldexp(value, p * round(math.log2(unit)))
+    except OverflowError:
+        out = math.inf
+    if not math.isfinite(out) or (value != 0 and out == 0):
+        raise InputError(f"the moment of order {p} leaves the range of float64: scale the operator (c * A)")
+    return out

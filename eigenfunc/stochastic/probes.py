@@ -17,11 +17,11 @@ _BLOCK = 32  # probes multiplied at once at most
 _ENTRIES = 2**26  # entries of a block of probes, unless it is a single one
 
 
-def budget(num_matvecs: Any, least: int, n: int, why: str) -> int:
-    """The products to be spent: as many as asked for, and n at most, for with those everything is known."""
-    count = whole(num_matvecs, "num_matvecs", 1)
+def budget(given: Any, least: int, n: int, what: str = "num_matvecs") -> int:
+    """The products or probes to be spent: as many as given, and n at most, for with those everything is known."""
+    count = whole(given, what, 1)
     if count < min(least, n):
-        raise InputError(f"num_matvecs must be at least {least}, got {count}: {why}")
+        raise InputError(f"{what} must be at least {least}, got {count}: a single sample has no standard error")
     return min(count, n)
 
 

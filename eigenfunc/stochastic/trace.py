@@ -19,7 +19,6 @@ from eigenfunc.stochastic.probes import all_multiplied, blocks, budget, grain, m
 
 TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 _LEAST = {"hutchinson": 2, "hutch++": 4, "xtrace": 4}
-_WHY = "fewer samples than two have no standard error"
 
 
 def trace(A: Any, *, num_matvecs: int, method: TraceMethod = "xtrace", seed: int | None = None) -> Estimate[float]:
@@ -47,7 +46,7 @@ def trace(A: Any, *, num_matvecs: int, method: TraceMethod = "xtrace", seed: int
         raise InputError(f"method must be one of {', '.join(map(repr, _LEAST))}, got {method!r}")
     products = Products(A)
     n = products.size
-    count = budget(num_matvecs, _LEAST[method], n, _WHY)
+    count = budget(num_matvecs, _LEAST[method], n)
     generator, seed = seeded(seed)
     with scope.full_precision(products.device), torch.no_grad():
         if count == n:
@@ -123,7 +122,7 @@ def frobenius_norm(A: Any, *, num_matvecs: int, seed: int | None = None) -> Esti
     """
     products = Products(A)
     n = products.size
-    count = budget(num_matvecs, 4, n, _WHY)
+    count = budget(num_matvecs, 4, n)
     generator, seed = seeded(seed)
     with scope.full_precision(products.device), torch.no_grad():
         if count == n:
