@@ -159,6 +159,20 @@ def seeded(seed: int | None) -> tuple[torch.Generator, int]:
     return generator.manual_seed(whole(seed, "seed", 0)), seed
 
 
+def unit_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
+    """b as a flat unit vector (1, n), and its length; zero where that is zero."""
+    tree.check_like(b, products.A.like, what)
+    flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach()[None], b), products.A.like)
+    largest = float(flat.abs().max())
+    if not math.isfinite(largest):
+        raise InputError(f"{what} holds NaN or infinity")
+    if largest == 0:
+        return flat, 0.0
+    flat = flat / largest
+    length = float(tree.norm(flat))
+    return flat / length, length * largest
+
+
 def start_block(v0: Tree | None, block_size: int, products: Products, generator: torch.Generator) -> Tensor:
     """Orthonormal start vectors (block_size, n): sums of those given, random ones where there are too few.
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, non_finite, whole
+from eigenfunc.certificate import Products, non_finite, unit_vector, whole
 from eigenfunc.errors import InputError, NonFiniteError, NotConverged
 from eigenfunc.krylov import lanczos as kernel
-from eigenfunc.solve import unit_vector
 from eigenfunc.tree import Tree
 
 Function = Callable[[Tensor], Tensor]

@@ -45,7 +45,6 @@ def covered(estimates: list[Estimate[float]], truth: float) -> float:
         ("flat", "logdet"),
         ("outliers", "logdet"),
         ("power law", "effective dimension"),
-        ("outliers", "effective dimension"),
     ],
 )
 def test_the_truth_is_in_the_interval(spectrum: str, name: str) -> None:
