@@ -13,7 +13,7 @@ from torch import Tensor
 from eigenfunc.errors import InputError
 from eigenfunc.krylov.quadrature import gauss
 from eigenfunc.stochastic import band
-from eigenfunc.stochastic.probes import Probed, probe
+from eigenfunc.stochastic.chains import Probed, probe
 
 _POINTS = 1000  # of the default grid
 _WIDEST = 8  # doublings of a width of two grid points
