@@ -67,21 +67,25 @@ class Density:
         A sum of steps: exact ones of 1/n at `values`, estimated ones at the nodes. The band takes in three errors: the
         draw of the probes, whose law is known and does not depend on the matrix; the finite number of steps, by the
         inequality of Chebyshev, Markov and Stieltjes, which is a strict bound and prevails inside a bulk, where it is
-        about the weight of a node; and that eigenvalues are known to `noise` only, and `values` to their residuals.
+        about the weight of a node; and that eigenvalues are known to `noise` only, and `values` to their residuals. As
+        there can only be whole numbers of eigenvalues, it ends at multiples of 1/n. Raises `InputError` for NaN and ∞.
         """
         points = torch.as_tensor(x, dtype=torch.float64).detach().cpu().reshape(-1)
+        if not bool(torch.isfinite(points).all()):
+            raise InputError("the distribution function is asked for at finite numbers")
         shift = self._shift(points)
-        kappa = self._freedom()
         ends, exact = [], []
         for moved in (points - shift, points, points + shift):
             at = moved.expand(len(self.nodes), -1).contiguous()
-            part = band.below(self.nodes, self.weights / self._rest, at)
+            part = band.below(self.nodes, self.weights / self._rest, at).clamp_max(1.0)
             slack = band.largest_step(self.alphas, self.betas, at) + 1e-12
             ends.append(((part - slack).clamp_min(0.0).mean(0), part.mean(0), (part + slack).clamp_max(1.0).mean(0)))
-            exact.append((self.values[:, None] <= moved).sum(0) / self.n)
-        low, high = band.interval(ends[0][0], ends[2][2], kappa)
-        return exact[1] + self._rest * ends[1][1], torch.stack(
-            [exact[0] + self._rest * low, exact[2] + self._rest * high]
+            exact.append((self.values[:, None] <= moved).double().sum(0) / self.n)
+        low, high = band.interval(ends[0][0], ends[2][2], self._freedom())
+        low, high = band.whole(low, high, self.n - len(self.values))
+        share = exact[1] + self._rest * ends[1][1]
+        return share, torch.stack(
+            [(exact[0] + self._rest * low).minimum(share), (exact[2] + self._rest * high).maximum(share)]
         )
 
     def on(self, grid: Any = None, *, width: float | None = None, threshold: float | None = None) -> Density:
@@ -105,9 +109,9 @@ class Density:
         marks = [_axis(nodes, threshold) for nodes, _ in rules]
         carrying = marks[0][rules[0][1] > 0]
         low, high = float(carrying.min()), float(carrying.max())
-        least = 2 * (high - low) / _POINTS or 1e-3 * max(abs(high), self.noise, 1e-300)
         if width is None:
-            width = self._settled(rules, marks, low, high, least)
+            least = max(1e-6 * max(abs(low), abs(high)), self.noise / (threshold or 1.0)) or 1e-6
+            width = self._settled(rules, marks, low, high, max(least, 2 * (high - low) / _POINTS))
         if grid is None:
             u = torch.linspace(low - 4 * width, high + 4 * width, _POINTS, dtype=torch.float64)
             points = u if threshold is None else threshold * torch.sinh(u)
