@@ -17,7 +17,7 @@ from eigenfunc.krylov import basis, lanczos as kernel
 from eigenfunc.plan import ROOMY
 from eigenfunc.solution import Status
 
-_ALIEN = 0.01  # of the largest value: a residual beyond which pairs belong to another matrix
+_ALIEN = 0.01  # residual, in terms of the largest value, or overlap, beyond which pairs are none
 
 
 class Probed(NamedTuple):
@@ -108,7 +108,11 @@ def _given(pairs: Any, products: Products) -> Tensor:
     lengths = tree.norms(flat)
     if not bool(torch.isfinite(lengths).all()) or not bool((lengths > 0).all()):
         raise InputError("pairs.vectors hold NaN, infinity, or a vector that is zero")
-    return flat / lengths[:, None].to(flat)
+    flat = flat / lengths[:, None].to(flat)
+    overlap = float((tree.gram(flat, flat).abs().fill_diagonal_(0.0)).max()) if len(flat) else 0.0
+    if overlap > _ALIEN:
+        raise InputError(f"pairs.vectors are not orthogonal: the largest inner product is {overlap:.2g}")
+    return flat
 
 
 def _verified(products: Products, given: Tensor, size: float) -> _Known:
@@ -118,12 +122,13 @@ def _verified(products: Products, given: Tensor, size: float) -> _Known:
         return _Known(none, none, given)
     found = certify(products, given)
     worst = float(tree.norm(found.residuals))
-    limit = _ALIEN * max(float(found.values.abs().max()), size)
-    if worst > limit or found.orthogonality > _ALIEN:
+    size = max(float(found.values.abs().max()), size)
+    limit = max(_ALIEN * size, 4 * products.rounding(size))
+    if worst > limit:
         raise InputError(
-            f"pairs are no orthonormal eigenvectors of this matrix: residual {worst * products.scale:.2g}, over "
-            f"{_ALIEN:.0%} of the largest value, or overlap {found.orthogonality:.2g}. Solve for them at the same "
-            "parameters and on the same data"
+            f"pairs are no eigenvectors of this matrix: residual {worst * products.scale:.2g}, where no more than "
+            f"{limit * products.scale:.2g} will do. Solve for them at the same parameters and on the same data, to a "
+            "tolerance of 1% or better"
         )
     return _Known(found.values, found.residuals, found.vectors)
 
