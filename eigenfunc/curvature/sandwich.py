@@ -255,6 +255,7 @@ def sandwich(
         Ways(name, WAYS, _by_differences, "central differences of the outputs", remedy),
         partial(seeded_product, objective, output_map),
         "its pure product",
+        "vjp",
         confirm=confirmed,
     )
     return operator(matrix, params, data, product, cache, chunk, compile, check)
