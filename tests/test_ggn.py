@@ -471,6 +471,40 @@ def test_central_differences_bear_witness_where_one_kind_is_all_there_is(monkeyp
         ggn(objective, params, (X, LABELS))
 
 
+class Once(torch.autograd.Function):
+    """With a forward formula, and a backward one that has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        return slope * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        return tangent * ctx.saved_tensors[0].cos()
+
+
+class Flat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_first_derivatives_suffice() -> None:
+    model = net(Flat())
+    objective, params = functional_loss(model, CE)
+    with pytest.raises(ProductError):
+        hessian(objective, params, (X, LABELS))
+    A = ggn(objective, params, (X, LABELS))
+    assert "way 'dual', confirmed by central differences of the outputs" in A.describe()
+    assert_same(A.to_dense(), of_model(model, CE, params, X, LABELS))
+
+
 class _Half(torch.autograd.Function):
     """x, with a forward formula that says x/2."""
 
