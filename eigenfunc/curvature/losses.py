@@ -45,8 +45,8 @@ def output_hessian(criterion: Criterion, outputs: Tree, targets: Any, *, overwri
     (2002).
     """
     known = likelihood(criterion, outputs, targets)
-    if isinstance(known, Tokens):
-        return _by_rows(_spread, known, overwrite)
+    if isinstance(known, Tokens):  # of which the Hessian needs no targets: soft ones take as much memory as the logits
+        return _by_rows(_spread, known._replace(targets=known.weights), overwrite)
     if isinstance(known, Entries):
         return _diagonal(known.weights * known.curvature)
     return _differentiated(criterion, outputs, targets)

@@ -34,8 +34,9 @@ class Matrix(NamedTuple, Generic[F]):
 
     loss        (params, batch) -> (), which is tried out on the data before the first product
     bind        (batch, params, seed) -> f, what the ways take: functions of the list of leaves of the parameters
-    ways        "graph", whose work is kept, and "jvp", which is compiled, among them
+    ways        "graph", whose work is kept, among them
     pure        (params, batch, v, seed) -> product, for use inside of transforms; called as in `pure_name`
+    traced      the way that is compiled, which runs the model once
     on_request  ways that are taken only if asked for, and then without proof
     noise       the largest error so far of a product with a unit vector, where more than rounding is known of
     confirm     (f, point, what the mends met): further proof, under the mends; raises `ProductError`
@@ -46,6 +47,7 @@ class Matrix(NamedTuple, Generic[F]):
     ways: Ways[F]
     pure: Callable[[Tree, Any, Tree, int | None], Tree]
     pure_name: str
+    traced: str
     on_request: Mapping[str, Way[F]] = {}
     noise: Callable[[], float] = float
     confirm: Callable[[F, Sequence[Tensor], Seen], None] | None = None
@@ -188,7 +190,7 @@ class _SetUp(NamedTuple, Generic[F]):
 
     def _compiled(self, way: str, index: int, batch: Any, seen: Seen) -> Prepare | None:
         """Compiled products, or None where that fails or disagrees with the eager product of the first batch."""
-        maker = Compiled(partial(self._formed, "jvp"), self.point)
+        maker = Compiled(partial(self._formed, self.matrix.traced), self.point)
         refs, names = tree.leaves(self.point), tree.names(self.point)
         generator = torch.Generator().manual_seed(2)
         v = [tree.randn(x, generator) for x in refs]
