@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,20 @@ MatVec = Callable[[Tree], Tree]
 _DENSE_LIMIT = 4 * 1024**3  # bytes of a dense matrix that may be formed
 
 
+class Choices(NamedTuple):
+    """What an operator decided by timing or by the memory there was, and products depend on in their last digits.
+
+    tell    what was decided so far, as plain values for JSON
+    take    decide likewise; raises `CheckpointError` where that cannot be done
+    """
+
+    tell: Callable[[], Any]
+    take: Callable[[Any], object]
+
+
+NO_CHOICES = Choices(lambda: None, lambda told: None)
+
+
 @dataclass(frozen=True, eq=False)
 class LinearOperator:
     """A symmetric linear operator on pytrees shaped like `like`.
@@ -31,6 +45,7 @@ class LinearOperator:
     noise       the largest error so far of a product with a unit vector, where more than rounding is known of: that
                 of finite differences, say
     block_ratio measures the time of eight products in a block over that of eight single ones, where they may differ
+    choices     lets another process form the same products bit for bit; kept by all the algebra below
     """
 
     matvec: MatVec
@@ -40,6 +55,7 @@ class LinearOperator:
     description: str | Callable[[], str] = "linear operator"
     noise: Callable[[], float] = float
     block_ratio: Callable[[], float] | None = None
+    choices: Choices = NO_CHOICES
 
     @property
     def size(self) -> int:
@@ -89,6 +105,7 @@ class LinearOperator:
             description,
             lambda: factor * self.noise(),
             self.block_ratio,
+            self.choices,
         )
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -101,6 +118,10 @@ class LinearOperator:
             lambda vs: tree.add(self._matmat(vs), other._matmat(vs)),
             description=f"({self._words()}) + ({other._words()})",
             noise=lambda: self.noise() + other.noise(),
+            choices=Choices(
+                lambda: [self.choices.tell(), other.choices.tell()],
+                lambda told: (self.choices.take(told[0]), other.choices.take(told[1])),
+            ),
         )
 
     def __mul__(self, c: float) -> LinearOperator:
@@ -189,6 +210,7 @@ class LinearOperator:
             None if streams is None else lambda: (within(product) for product in streams()),
             f"block {', '.join(like)} of ({self._words()})",
             self.noise,
+            choices=self.choices,
         )
 
     def to_dense(self, *, chunk: int = 128) -> Tensor:

@@ -15,14 +15,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "_version"},
     {"tree"},
-    {"scope"},
+    {"scope", "checkpoint"},
     {"objective", "data", "operator"},
     {"krylov", "solution", "curvature"},
     {"certificate", "perturbation", "stochastic", "testing"},
     {"plan", "implicit"},
     {"completeness"},
     {"thick_restart"},
-    {"verdict", "endgame"},
+    {"verdict", "endgame", "resume"},
     {"blocks"},
     {"eigsh", "lobpcg", "power_iteration", "subspace_iteration"},
     {"compat", "demo", "plot"},
@@ -75,6 +75,7 @@ def test_one_module_knows_optree() -> None:
 def test_run_time_packages_are_few() -> None:
     core = {"torch", "numpy", "optree", "tqdm", "eigenfunc"}
     extras = {"cli": {"safetensors", "resource"}, "plot": {"matplotlib"}, "demo": {"sklearn"}}
+    extras["checkpoint"] = {"safetensors"}
     extras["testing"] = {"hypothesis"}
     import sys
 
