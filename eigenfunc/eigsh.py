@@ -76,7 +76,7 @@ def eigsh(
     """
     begun = time.perf_counter()
     products = Products(A)
-    asked = {"which": which, "k": ends(k, which), "tol": tol, "basis_dtype": basis_dtype}
+    asked = {"which": which, "k": ends(k, which), "tol": tol, "basis_dtype": str(basis_dtype)}
     store, old = resume.opened(checkpoint, products, asked)
     if old is not None:
         basis_size, block_size, seed = resume.defaults(old, basis_size, block_size, seed)
