@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import demo, plot, tree
+from eigenfunc import demo, plot, signals, tree
 from eigenfunc._version import __version__
+from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.eigsh import eigsh
-from eigenfunc.errors import EigenfuncError, InputError
+from eigenfunc.errors import EigenfuncError, InputError, Stopped
 from eigenfunc.operator import LinearOperator
 from eigenfunc.solution import Solution
 
@@ -82,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--which", choices=("LM", "LA", "SA", "BE"), default="LM")
     run.add_argument("--tol", type=float, default=1e-4, help="relative to each eigenvalue")
     run.add_argument("--seed", type=int, default=None)
+    run.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="start afresh and save the run there, at restarts, every ten minutes, and on SIGINT and SIGTERM, which then "
+        "end it with exit code 130 and 143 (the second one at once); a file of the same problem is replaced, any other "
+        "refused",
+    )
+    run.add_argument("--resume", action="store_true", help="go on from --checkpoint, if it is there")
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
     for command in (show, run):
         command.add_argument("--out", type=Path, default=Path("eigenfunc-out"), metavar="DIR")
@@ -128,11 +138,27 @@ def _dense_truth(A: LinearOperator, k: int) -> Tensor:
 
 
 def _run(args: argparse.Namespace) -> int:
+    checkpoint: Path | None = args.checkpoint
+    if args.resume and checkpoint is None:
+        raise _Wrong("--resume needs --checkpoint PATH, the file to go on from")
     loss, params, data = _problem(args.problem)
     with _Traced(args.problem):
         A = hessian(loss, params, data)
         print(A.describe())
-        solution = eigsh(A, args.k, which=args.which, tol=args.tol, seed=args.seed, progress=True, throw=False)
+        asked = {"k": args.k, "which": args.which, "tol": args.tol, "seed": args.seed, "progress": True, "throw": False}
+        if checkpoint is None:
+            solution = eigsh(A, **asked)
+        else:
+            print(
+                f"{'going on from' if args.resume and checkpoint.exists() else 'starting afresh, saved in'} {checkpoint}"
+            )
+            with signals.caught() as came:
+                try:
+                    store = Checkpoint(checkpoint, resume=args.resume, stop=lambda: bool(came))
+                    solution = eigsh(A, **asked, checkpoint=store)
+                except Stopped as stopped:
+                    print(f"eigenfunc: {stopped}; go on from there with --resume", file=sys.stderr)
+                    return signals.STOPPED + came[0]
     return _finish(args, solution, A, {"problem": str(args.problem)}, {})
 
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"verdict", "endgame", "resume"},
     {"blocks"},
     {"eigsh", "lobpcg", "power_iteration", "subspace_iteration"},
-    {"compat", "demo", "plot"},
+    {"compat", "demo", "plot", "signals"},
     {"cli"},
     {"__init__", "__main__"},
 ]

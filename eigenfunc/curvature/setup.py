@@ -139,18 +139,19 @@ class _SetUp(NamedTuple, Generic[F]):
         so that it does not matter how many fit this time."""
 
         def tell() -> dict[str, Any]:
-            return {"way": sweep.way, "graphs": sweep.start, "compiled": compiled, "chunk": sweep.chunk}
+            error = max(self.matrix.noise(), sweep.error)
+            return {"way": sweep.way, "graphs": sweep.start, "compiled": compiled, "chunk": sweep.chunk, "error": error}
 
         def take(told: Any) -> None:
             way, graphs = told["way"], told["graphs"]
             needed = {way} if graphs == 0 or compiled else {way, _KEPT}
             if told["compiled"] != compiled or not needed <= set(ways):
                 raise CheckpointError(
-                    f"products were formed by {' and '.join(sorted(needed))}{' compiled' * told['compiled']} when the run "
-                    f"was saved; what proves right now is {', '.join(ways)}{' compiled' * compiled}. Ask for the same "
-                    "`product` and `compile` in the same environment, or start afresh"
+                    f"the products that were saved were formed by {', '.join(sorted(needed))}"
+                    f"{' compiled' * told['compiled']}, those to be had now are {', '.join(ways)}{' compiled' * compiled}. "
+                    "Ask for the same `product` and `compile` in the same environment, or give another path"
                 )
-            sweep.chunk = told["chunk"]
+            sweep.chunk, sweep.error = told["chunk"], told["error"]
             if not compiled:
                 sweep.way = way
                 sweep.forget(graphs if way != _KEPT else sweep.start)
@@ -180,7 +181,10 @@ class _SetUp(NamedTuple, Generic[F]):
             current()
             return sweep.matmat(vs)
 
-        return LinearOperator(matvec, point, matmat, sweep.minibatches, words, matrix.noise, sweep.block_ratio, choices)
+        def noise() -> float:
+            return max(matrix.noise(), sweep.error)
+
+        return LinearOperator(matvec, point, matmat, sweep.minibatches, words, noise, sweep.block_ratio, choices)
 
     def _formed(self, way: str, batch: Any, seed: int, leaves: Sequence[Tensor]) -> Product:
         f = self.matrix.bind(batch, self.point, seed)

@@ -40,6 +40,7 @@ class Sweep:
 
     remake   forms the product of a batch that is not kept
     way      its name
+    error    of products of an earlier run, if any is known of
     chunk    vectors multiplied at once; None: measured when a stack of vectors first comes in
     """
 
@@ -49,6 +50,7 @@ class Sweep:
         self.chunk = chunk
         self.kept: dict[int, Kept] = {}
         self.way = ""
+        self.error = 0.0
         self.complete = False
         self.largest_bytes = 0
         self._point = point
