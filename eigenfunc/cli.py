@@ -20,10 +20,9 @@ from tqdm.auto import tqdm
 
 from eigenfunc import demo, plot, signals, tree
 from eigenfunc._version import __version__
-from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.eigsh import eigsh
-from eigenfunc.errors import EigenfuncError, InputError, Stopped
+from eigenfunc.errors import EigenfuncError, InputError
 from eigenfunc.operator import LinearOperator
 from eigenfunc.solution import Solution
 
@@ -48,7 +47,8 @@ class _Wrong(InputError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 all converged, 3 not all converged, 2 bad input."""
+    """Run the command line and return its exit code: 0 all converged, 3 not all converged, 2 bad input, 130 and 143
+    stopped by a signal and saved."""
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or printed the help
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             _require(args.needs)
             return int(args.command(args))
+        except signals.Ended as ended:
+            return int(ended.code or 0)
         except EigenfuncError as error:
             print(f"eigenfunc: {error}", file=sys.stderr)
             return BAD_INPUT
@@ -83,15 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--which", choices=("LM", "LA", "SA", "BE"), default="LM")
     run.add_argument("--tol", type=float, default=1e-4, help="relative to each eigenvalue")
     run.add_argument("--seed", type=int, default=None)
-    run.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="PATH",
-        help="start afresh and save the run there, at restarts, every ten minutes, and on SIGINT and SIGTERM, which then "
-        "end it with exit code 130 and 143 (the second one at once); a file of the same problem is replaced, any other "
-        "refused",
+    saved = (
+        "start afresh and save the run there at restarts, every ten minutes, and on SIGINT and SIGTERM, which end it "
     )
-    run.add_argument("--resume", action="store_true", help="go on from --checkpoint, if it is there")
+    saved += (
+        "with exit code 130 and 143 (a second one at once); a file of the same problem is replaced, any other refused"
+    )
+    run.add_argument("--checkpoint", type=Path, metavar="PATH", help=saved)
+    run.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
     for command in (show, run):
         command.add_argument("--out", type=Path, default=Path("eigenfunc-out"), metavar="DIR")
@@ -138,27 +139,15 @@ def _dense_truth(A: LinearOperator, k: int) -> Tensor:
 
 
 def _run(args: argparse.Namespace) -> int:
-    checkpoint: Path | None = args.checkpoint
-    if args.resume and checkpoint is None:
+    if args.resume and args.checkpoint is None:
         raise _Wrong("--resume needs --checkpoint PATH, the file to go on from")
     loss, params, data = _problem(args.problem)
     with _Traced(args.problem):
         A = hessian(loss, params, data)
         print(A.describe())
-        asked = {"k": args.k, "which": args.which, "tol": args.tol, "seed": args.seed, "progress": True, "throw": False}
-        if checkpoint is None:
-            solution = eigsh(A, **asked)
-        else:
-            print(
-                f"{'going on from' if args.resume and checkpoint.exists() else 'starting afresh, saved in'} {checkpoint}"
-            )
-            with signals.caught() as came:
-                try:
-                    store = Checkpoint(checkpoint, resume=args.resume, stop=lambda: bool(came))
-                    solution = eigsh(A, **asked, checkpoint=store)
-                except Stopped as stopped:
-                    print(f"eigenfunc: {stopped}; go on from there with --resume", file=sys.stderr)
-                    return signals.STOPPED + came[0]
+        wanted = {"which": args.which, "tol": args.tol, "seed": args.seed}
+        with signals.saving(args.checkpoint, args.resume) as checkpoint:
+            solution = eigsh(A, args.k, **wanted, progress=True, checkpoint=checkpoint, throw=False)
     return _finish(args, solution, A, {"problem": str(args.problem)}, {})
 
 

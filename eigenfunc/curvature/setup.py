@@ -148,7 +148,7 @@ class _SetUp(NamedTuple, Generic[F]):
             if told["compiled"] != compiled or not needed <= set(ways):
                 raise CheckpointError(
                     f"the products that were saved were formed by {', '.join(sorted(needed))}"
-                    f"{' compiled' * told['compiled']}, those to be had now are {', '.join(ways)}{' compiled' * compiled}. "
+                    f"{' compiled' * told['compiled']}, those to be had now by {', '.join(ways)}{' compiled' * compiled}. "
                     "Ask for the same `product` and `compile` in the same environment, or give another path"
                 )
             sweep.chunk, sweep.error = told["chunk"], told["error"]
