@@ -147,8 +147,8 @@ class _SetUp(NamedTuple, Generic[F]):
             needed = {way} if graphs == 0 or compiled else {way, _KEPT}
             if told["compiled"] != compiled or not needed <= set(ways):
                 raise CheckpointError(
-                    f"the products that were saved were formed by {', '.join(sorted(needed))}"
-                    f"{' compiled' * told['compiled']}, those to be had now by {', '.join(ways)}{' compiled' * compiled}. "
+                    f"what was saved was formed by {', '.join(sorted(needed))}{' compiled' * told['compiled']}, what "
+                    f"can be formed now by {', '.join(ways)}{' compiled' * compiled}. "
                     "Ask for the same `product` and `compile` in the same environment, or give another path"
                 )
             sweep.chunk, sweep.error = told["chunk"], told["error"]
