@@ -28,6 +28,7 @@ from eigenfunc.errors import CheckpointError, CheckpointWarning, InputError, Not
 from eigenfunc.operator import LinearOperator
 from eigenfunc.plan import plan_for
 from eigenfunc.solution import Solution
+from eigenfunc.thick_restart import Run
 from tests.helpers import rotated
 
 
@@ -168,7 +169,45 @@ def test_more_products_may_be_spent_when_a_run_goes_on(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"k": 3, "which": "SA", "basis_size": 12, "tol": 1e-9, "seed": 0}
     with pytest.raises(NotConverged):
         eigsh(A, **asked, max_matvecs=40, checkpoint=Checkpoint(path, minutes=0))
-    assert_same(eigsh(A, **asked, checkpoint=path), eigsh(A, **asked))
+    truth = eigsh(A, **asked)
+    assert_same(eigsh(A, **asked, checkpoint=path), truth)
+    probed = 0
+    for call in range(36, 49, 4):  # the budget is spent, and the probe that comes then is of no use with a larger one
+        path.unlink()
+        saved = stopped(A, path, call, **asked, max_matvecs=40)
+        assert saved is not None
+        probed += "probe" in saved.facts
+        assert_same(eigsh(A, **asked, checkpoint=path), truth)
+    assert probed > 0
+
+
+def test_nothing_that_a_run_knows_is_forgotten(tmp_path: Path) -> None:
+    A, plan, path = diagonal(spectrum("bulk")), plan_for(3, "LA", 1e-6, 100, basis_size=20), tmp_path / "run"
+
+    def made(seed: int) -> Run:
+        run = Run(plan, Products(A), torch.Generator().manual_seed(seed), None)
+        run.start(*run.products.calibrate(run.generator))
+        return run
+
+    run, other = made(0), made(1)
+    for _ in range(7):
+        run.advance()
+    run.look()
+    run.restarts, run.rounds, run.stop, run.verification, run.strictness, run.asym = 3, 2, 77, 5, 0.25, 1e-9
+    run.limits = completeness.Limits({1: 0.1 + 0.2, -1: float("inf")}, True)
+    run.products.scale, run.products.noise, run.products.passes = 2.0**-40, 1e-15, 99
+    checkpoint.write(path, run.snapshot())
+    saved = checkpoint.read(path)
+    assert saved is not None
+    other.restore(saved)
+    apart = ("state", "products", "generator", "plan", "bar", "journal")
+    kept = [{k: v for k, v in vars(each).items() if k not in apart} for each in (run, other)]
+    assert kept[0] == kept[1]
+    plain = [{k: v for k, v in vars(each.products).items() if isinstance(v, (int, float))} for each in (run, other)]
+    assert plain[0] == plain[1]
+    assert torch.equal(run.generator.get_state(), other.generator.get_state())
+    for name in run.state._fields:
+        assert torch.equal(getattr(run.state, name), getattr(other.state, name)), name
 
 
 # ---- when it is saved
