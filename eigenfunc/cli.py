@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="eigenfunc",
         description="Certified eigenpairs of the Hessian of a PyTorch loss. "
-        "Exit codes: 0 all converged, 3 finished but not all converged, 2 bad input.",
+        "Exit codes: 0 all converged, 3 finished but not all converged, 2 bad input, "
+        "130 and 143 stopped by SIGINT and SIGTERM after saving a checkpoint.",
     )
     parser.add_argument("--version", action="version", version=f"eigenfunc {__version__}")
     commands = parser.add_subparsers(required=True)
