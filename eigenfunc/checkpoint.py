@@ -194,7 +194,7 @@ def _digest(file: Any) -> tuple[bytes, int]:
     found = _CHECKSUM.search(header)
     if found is None or len(header) < length:
         raise ValueError("no checkpoint of eigenfunc, or has lost its beginning")
-    digest = hashlib.blake2b(start, digest_size=32)
+    digest = hashlib.sha256(start)
     digest.update(header[: found.start(1)] + b"0" * 64 + header[found.end(1) :])
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
