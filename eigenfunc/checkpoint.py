@@ -136,7 +136,10 @@ def write(path: Path, saved: Saved) -> None:
     header = {"eigenfunc": json.dumps({**versions, **saved.facts}), "checksum": "0" * 64}
     aside = path.with_name(path.name + ".partial")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # safetensors would hide the file from all but its owner
         save_file({name: tensor.detach().contiguous() for name, tensor in saved.tensors.items()}, aside, header)
+        aside.chmod(mode)
         with aside.open("r+b") as file:
             digest, at = _digest(file)
             file.seek(at)

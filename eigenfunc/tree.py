@@ -20,6 +20,7 @@ from eigenfunc.errors import InputError, TreeError
 
 Tree: TypeAlias = Any
 Select: TypeAlias = Callable[[str], bool] | str | Sequence[str]
+By: TypeAlias = Callable[[str], str] | str | Sequence[str]
 
 _SLICE = 4_096  # entries of a float32 dot product before the partial sums go to float64
 _COLUMNS = 16_384  # entries of each vector that are held in float64 at a time: few enough for the cache
@@ -42,6 +43,13 @@ def tree_map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 def names(tree: Tree) -> list[str]:
     """A dotted name for each leaf, in the order of `leaves`; the keys themselves for a flat dict."""
     return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
+
+
+def filled_names(tree: Tree) -> list[str]:
+    """The same names in the order in which dicts were filled: that of the layers, for the parameters of a module."""
+    with optree.dict_insertion_ordered(True, namespace="eigenfunc"):
+        paths = optree.tree_paths(tree, namespace="eigenfunc")
+    return [".".join(str(key) for key in path) for path in paths]
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -161,6 +169,16 @@ def exact_gram(x: Tree, y: Tree) -> Tensor:
     return total
 
 
+def dots(x: Tree, y: Tree) -> Tensor:
+    """⟨x_i, y_i⟩ (p,), in float64 throughout, for two stacks of p vectors."""
+    parts = [
+        (part * matrix(b)[:, columns].double()).sum(1)
+        for a, b in zip(leaves(x), leaves(y), strict=True)
+        for columns, part in wide(matrix(a), torch.float64)
+    ]
+    return torch.stack(parts).sum(0)
+
+
 def combine(c: Tensor, x: Tree, dtype: torch.dtype | None = None) -> Tree:
     """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf), in a dtype if one is given."""
 
@@ -239,10 +257,11 @@ def check_vector_space(like: Tree, what: str) -> None:
         raise TreeError(f"{what} lies on several devices ({', '.join(sorted(devices))}); move it to one")
 
 
-def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None:
+def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False, dtypes: bool = True) -> None:
     """Raise `TreeError` unless x matches `like` in structure, shapes, dtypes and devices.
 
-    With `stacked` every leaf of x carries one more leading axis, of the same length everywhere.
+    With `stacked` every leaf of x carries one more leading axis, of the same length everywhere. Without `dtypes` any
+    real floating-point dtype will do.
     """
     x_leaves, x_spec = optree.tree_flatten(x)
     refs, spec = optree.tree_flatten(like)
@@ -262,7 +281,7 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None
         if shape != ref.shape:
             wanted = ("p", *ref.shape) if stacked else tuple(ref.shape)
             raise TreeError(f"{where} has shape {tuple(leaf.shape)}, expected {wanted}")
-        if leaf.dtype != ref.dtype:
+        if leaf.dtype != ref.dtype and (dtypes or not leaf.is_floating_point()):
             raise TreeError(f"{where} has dtype {leaf.dtype}, expected {ref.dtype}; cast it yourself if that is meant")
         if leaf.device != ref.device:
             raise TreeError(f"{where} is on {leaf.device}, expected {ref.device}")
@@ -300,6 +319,39 @@ def chosen(all_names: Sequence[str], select: Select, what: str) -> list[str]:
     if not patterns:
         raise InputError(f"{what}: an empty selection; the names are {_some(all_names)}")
     return [name for name in all_names if any(matches(name, pattern) for pattern in patterns)]
+
+
+def grouped(tree: Tree, by: By, what: str) -> dict[str, list[str]]:
+    """The names of the leaves by group, groups and names in the order in which dicts were filled.
+
+    `by` is "module", which groups by the dotted prefix before the last name ("" where there is none; what belongs to a
+    parametrisation of torch counts as its module's own); "parameter", each leaf by itself; a function from a name to
+    the name of its group; or a list of selections as `chosen` takes them, a group each, where leaves that none selects
+    are left out.
+
+    Raises `InputError` for anything else, and where a selection selects nothing.
+    """
+    all_names = filled_names(tree)
+    if isinstance(by, str) and by not in _GROUPS:
+        raise InputError(f"{what} must be 'module', 'parameter', a function or a list of patterns, got {by!r}")
+    if not isinstance(by, str) and not callable(by):
+        return {pattern: chosen(all_names, pattern, what) for pattern in by}
+    group = _GROUPS[by] if isinstance(by, str) else by
+    found: dict[str, list[str]] = {}
+    for name in all_names:
+        key = group(name)
+        if not isinstance(key, str):
+            raise InputError(f"{what}: the function gives a {type(key).__name__} for '{name}', not the name of a group")
+        found.setdefault(key, []).append(name)
+    return found
+
+
+def _module(name: str) -> str:
+    owner = name.rpartition(".")[0]
+    return f".{owner}.".partition(".parametrizations.")[0].strip(".")
+
+
+_GROUPS: dict[str, Callable[[str], str]] = {"module": _module, "parameter": lambda name: name}
 
 
 def _some(all_names: Sequence[str]) -> str:
