@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint",
         type=Path,
         metavar="PATH",
-        help="start afresh and save the run there, at restarts, every ten minutes, and on SIGINT and SIGTERM, which end "
-        "it with exit codes 130 and 143 (a second one at once); only a file of the same problem is replaced",
+        help="start afresh and save the run there, at restarts, every ten minutes, and on SIGINT and SIGTERM, which "
+        "end it with exit codes 130 and 143 (a second one at once); only a file of the same problem is replaced",
     )
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
