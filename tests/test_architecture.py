@@ -13,19 +13,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from floors below its own.
 FLOORS = [
-    {"errors", "_version"},
+    {"errors", "_version", "choices"},
     {"tree"},
-    {"scope", "archive", "bridge", "canvas"},
+    {"scope", "archive", "bridge", "canvas", "checkpoint"},
     {"objective", "data", "operator", "preconditioners"},
     {"krylov", "solution", "curvature"},
     {"certificate", "landscape", "overlap", "perturbation", "testing"},
     {"plan", "implicit", "funm", "solve"},
     {"completeness", "stochastic"},
     {"thick_restart"},
-    {"verdict", "endgame"},
+    {"verdict", "endgame", "resume"},
     {"block_loop"},
     {"eigsh", "lobpcg", "power_iteration", "subspace_iteration"},
-    {"compat", "demo", "layers", "plot", "problem"},
+    {"compat", "demo", "layers", "plot", "problem", "signals"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -75,7 +75,7 @@ def test_one_module_knows_optree() -> None:
 def test_run_time_packages_are_few() -> None:
     core = {"torch", "numpy", "optree", "tqdm", "eigenfunc"}
     extras = {"cli": {"resource"}, "plot": {"matplotlib"}, "canvas": {"matplotlib"}, "demo": {"sklearn"}}
-    extras |= {"testing": {"hypothesis"}, "archive": {"safetensors"}}
+    extras |= {"testing": {"hypothesis"}, "archive": {"safetensors"}, "checkpoint": {"safetensors"}}
     extras |= {"bridge": {"scipy", "pandas"}, "solution": {"pandas"}}
     import sys
 
