@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import scope, tree
+from eigenfunc import scope, storage, tree
 from eigenfunc.errors import InputError, NonFiniteError, TransformError
 from eigenfunc.krylov import basis
 from eigenfunc.operator import LinearOperator, MatVec, aslinearoperator
@@ -136,18 +136,31 @@ class Certified(NamedTuple):
 
 
 def certify(products: Products, x: Tensor) -> Certified:
-    """Rayleigh–Ritz in the span of x (k, n) with k fresh products. Parlett, section 11.3."""
+    """Rayleigh–Ritz in the span of x (k, n) with k fresh products; on disk where x is. Parlett, section 11.3."""
     x = basis.orthonormalise(x)
-    image = products(x)
+    image = _images(products, x)
     g = tree.exact_gram(x, image)
     values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
     turn = u.mT.to(x.device)
     x, image = tree.combine(turn, x), tree.combine(turn, image)
-    residuals = tree.norms(image - values.to(x)[:, None] * x).cpu()
+    shift = values.to(x)[:, None]
+    parts = [tree.norms(image[:, piece] - shift * x[:, piece]) for piece in storage.pieces(image, x)]
+    residuals = torch.linalg.vector_norm(torch.stack(parts), dim=0).cpu()
     if not bool(torch.isfinite(residuals).all()):
         raise NonFiniteError(non_finite(products.matvecs))
     off = tree.exact_gram(x, x) - torch.eye(len(values), dtype=torch.float64, device=x.device)
     return Certified(values, x, image, residuals, float((g - g.mT).abs().max()), float(off.abs().max()))
+
+
+def _images(products: Products, x: Tensor) -> Tensor:
+    """The products with a stack (k, n): at once, or one by one for vectors on disk, which are there to save memory."""
+    if not storage.folder_of(x):
+        return products(x)
+    images: Tensor = basis.allocate(x, len(x))
+    for i in range(len(x)):
+        basis.write(images, i, products(x[i : i + 1]))
+        storage.drop(x[i : i + 1])
+    return images
 
 
 def whole(value: Any, what: str, least: int) -> int:

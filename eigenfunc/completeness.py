@@ -26,10 +26,9 @@ from eigenfunc import tree
 from eigenfunc.certificate import Products, non_finite
 from eigenfunc.errors import NonFiniteError
 from eigenfunc.krylov import basis
-from eigenfunc.plan import Plan, Side
+from eigenfunc.plan import PROBE, Plan, Side
 
 CHANCE = 1e-3  # of overlooking an eigenvalue, on each side
-PROBE = 8  # products after which a limit within the tolerance will do; the least number of vectors held
 _WEAK = 1e-4  # coupling² of a Ritz vector over its distance and the size of the wanted values, to be next to nothing
 _HELD = 2**22  # entries of the chain that are held in any case
 TINY = 1e-290  # stands for the rounding of a matrix that is exactly zero
@@ -251,8 +250,9 @@ class Chain:
         self.least = 10 * products.eps * anorm
         self.mix = (span.s @ span.s.mT).to(span.vectors.device)
         self.size = products.size - len(span.theta)
-        self.held = span.vectors[:0]
         self.room = max(PROBE, _HELD // products.size)
+        self.rows = basis.allocate(span.vectors, self.room)  # on disk where those are
+        self.held = self.rows[:0]
         start = products.random(generator)
         for _ in range(3):
             start = self._outside(start)
@@ -273,7 +273,13 @@ class Chain:
         """Go on from there, with the same start vector."""
         self.alphas, self.betas = list(halfway.alphas), list(halfway.betas)
         parts = torch.split(halfway.vectors, [len(halfway.vectors) - 2, 1, 1])
-        self.held, self.previous, self.q = (part.clone() for part in parts)  # aligned in memory as before, for BLAS
+        self._hold(parts[0])
+        self.previous, self.q = (part.clone() for part in parts[1:])  # aligned in memory as before, for BLAS
+
+    def _hold(self, vectors: Tensor) -> None:
+        count = len(self.held)
+        basis.write(self.rows, count, vectors)
+        self.held = self.rows[: count + len(vectors)]
 
     def __iter__(self) -> Iterator[None]:
         return self.steps(lambda chain: None)
@@ -295,7 +301,7 @@ class Chain:
             if not math.isfinite(alpha + beta):
                 raise NonFiniteError(non_finite(self.products.matvecs))
             if self.length < self.room:
-                self.held = torch.cat([self.held, q])
+                self._hold(q)
             self.alphas.append(alpha)
             self.betas.append(beta if beta > self.least and self.length < self.size else 0.0)
             if self.betas[-1] > 0:

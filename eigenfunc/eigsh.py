@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,8 @@ from tqdm.auto import tqdm
 
 from eigenfunc import endgame, resume, scope
 from eigenfunc.certificate import Products, seeded, start_block
-from eigenfunc.checkpoint import Checkpoint
-from eigenfunc.errors import InputError
-from eigenfunc.plan import ends, plan_for
+from eigenfunc.checkpoint import Checkpoint, Saved
+from eigenfunc.plan import ends, plan as planned
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
 from eigenfunc.tree import Tree
@@ -34,6 +33,8 @@ def eigsh(
     basis_size: int | None = None,
     block_size: int | None = None,
     basis_dtype: torch.dtype | None = None,
+    basis_path: str | os.PathLike[str] | None = None,
+    memory_budget: int | None = None,
     max_matvecs: int | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = False,
@@ -54,6 +55,12 @@ def eigsh(
                 measured to be so cheap that it makes up for needing more of them
     basis_dtype torch.float16 or torch.bfloat16 halve the memory of the basis and limit residuals to about 1e-4 and
                 1e-3 of ‖A‖, the errors of values to their squares; default: the dtype of the products
+    basis_path  a folder, on a disk and not in memory, for a file that holds the basis and another for the eigenvectors
+                that are returned, without names, so that they are gone when the tensors or the process are; for
+                vectors on the CPU. The results are those without it, bit for bit where the products are
+    memory_budget bytes of memory that the solver may take beside the model and the products' own (see
+                `Plan.memory_bytes`). Where they do not suffice the basis is made smaller, down to 1.5k + 4; or halved
+                by float16, for LM and LA and a tol of at least 1e-4; or put on disk, into the temporary folder
     max_matvecs products that may be spent on solving; those that verify (k fresh ones, the probe, the noise: k + 10
                 as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
     checkpoint  a file, or a `Checkpoint`, which says more of it: the run is saved there, and where the same call finds
@@ -67,7 +74,8 @@ def eigsh(
     what could not be excluded. Residuals come from fresh products. There is no `sigma`: values inside the spectrum
     need the inverse of A − σ, which products alone do not give at a fair price.
 
-    Raises `InputError` for arguments out of range, `TreeError` for a `v0` of another structure, `NonFiniteError`
+    Raises `InputError` for arguments out of range, `BudgetError` where nothing fits into the budget, `StorageError`
+    where the disk does not take the basis, `TreeError` for a `v0` of another structure, `NonFiniteError`
     for a product with NaN, `TransformError` inside a torch.func transform, `CheckpointError` for a file that is
     damaged, of another problem or not to be written, `Stopped` where the checkpoint asks for it, and `NotConverged`.
 
@@ -76,28 +84,54 @@ def eigsh(
     """
     begun = time.perf_counter()
     products = Products(A)
-    asked = {"which": which, "k": ends(k, which), "tol": tol, "basis_dtype": str(basis_dtype)}
+    asked: resume.Asked = {"which": which, "k": ends(k, which), "tol": tol}
+    asked |= {} if memory_budget is not None else {"basis_dtype": str(basis_dtype)}
     store, old = resume.opened(checkpoint, products, asked)
     if old is not None:
         basis_size, block_size, seed = resume.defaults(old, basis_size, block_size, seed)
         begun -= old.facts["seconds"]
-    sizes = {"basis_size": basis_size, "block_size": block_size, "max_matvecs": max_matvecs}
-    plan = plan_for(k, which, tol, products.size, block_ratio=products.A.block_ratio, **sizes)
-    if basis_dtype not in (None, torch.float16, torch.bfloat16):
-        raise InputError(f"basis_dtype must be torch.float16 or torch.bfloat16, or left out, got {basis_dtype!r}")
+    sizes: dict[str, Any] = {"basis_size": basis_size, "block_size": block_size, "max_matvecs": max_matvecs}
+    sizes |= {"basis_dtype": basis_dtype, "basis_path": basis_path, "memory_budget": memory_budget}
+    plan = planned(products.A, k, which=which, tol=tol, **sizes)
     generator, seed = seeded(seed)
+    asked |= {name: getattr(plan, name) for name in ("basis_size", "block_size")}
+    asked |= {"basis_dtype": str(plan.basis_dtype), "seed": seed}
+    saving = None if store is None else _Saving(store, old, asked)
     given = None if v0 is None else start_block(v0, plan.block_size, products, generator)
-    asked |= {"basis_size": plan.basis_size, "block_size": plan.block_size, "seed": seed}
+    return _solve(Run(plan, products, generator, None, plan.basis_dtype), given, saving, progress, begun, seed, throw)
+
+
+class _Saving(NamedTuple):
+    """Where a run is saved, and what it goes on from."""
+
+    store: Checkpoint
+    old: Saved | None
+    asked: resume.Asked
+
+
+def _solve(
+    run: Run, given: Tensor | None, saving: _Saving | None, progress: bool, begun: float, seed: int, throw: bool
+) -> Solution:
+    plan = run.plan
     with (
-        scope.full_precision(products.device),
+        scope.full_precision(run.products.device),
         torch.no_grad(),
-        tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar,
+        tqdm(
+            disable=not progress,
+            desc=f"eigsh {plan.which}",
+            total=sum(plan.expected_matvecs) // 2,  # a guess: beyond it the bar only counts
+            unit=" products",
+            leave=False,
+        ) as bar,
     ):
-        run = Run(plan, products, generator, bar if progress else None, basis_dtype)
-        witness = _start(run, given) if store is None or old is None else resume.restore(store, old, run, asked)
-        if store is not None:
+        run.bar = bar if progress else None
+        if saving is None:
+            _start(run, given)
+        else:
+            store, old, asked = saving
+            witness = _start(run, given) if old is None else resume.restore(store, old, run, asked)
             run.journal = resume.journal(store, run, asked, witness, begun)
-        return _finish(run, basis_dtype is not None, seed=seed, begun=begun, throw=throw)
+        return _finish(run, plan.basis_dtype is not None, seed=seed, begun=begun, throw=throw)
 
 
 def _start(run: Run, given: Tensor | None) -> resume.Witness:

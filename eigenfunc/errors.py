@@ -25,6 +25,14 @@ class DataError(InputError):
     """The data is empty, spent, impossible to weigh, or makes the loss non-finite."""
 
 
+class BudgetError(InputError):
+    """What is asked for does not fit into `memory_budget`; `smallest` bytes are the least that would do."""
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
 class FileError(InputError):
     """A saved result is missing, damaged or of a later format, or cannot be written."""
 
@@ -51,6 +59,10 @@ class NotConverged(EigenfuncError, RuntimeError):
 
 class CheckpointError(EigenfuncError, RuntimeError):
     """A checkpoint cannot be used: torn, corrupted, of another problem or another version, or not to be written."""
+
+
+class StorageError(EigenfuncError, RuntimeError):
+    """The disk does not take the vectors that were to be kept there."""
 
 
 class Stopped(EigenfuncError, RuntimeError):

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 from eigenfunc import block_loop, scope, tree
 from eigenfunc.certificate import Certified, Products, seeded, start_block, whole
-from eigenfunc.completeness import PROBE, Finding, Limits
+from eigenfunc.completeness import Finding, Limits
 from eigenfunc.errors import InputError
 from eigenfunc.krylov import basis, lobpcg as kernel, span
 from eigenfunc.operator import MatVec
-from eigenfunc.plan import plan_for
+from eigenfunc.plan import PROBE, plan_for
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run
 from eigenfunc.tree import Tree

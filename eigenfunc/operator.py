@@ -32,11 +32,11 @@ class LinearOperator:
     block       maps a stack (p, *leaf) to a stack, where that is cheaper than one at a time
     minibatches an endless stream of unbiased stand-ins for `matvec`, one mini-batch each, where there are any
     description what `describe()` says, or a function that finds it out
-    noise       the largest error so far of a product with a unit vector, where more than rounding is known of: that
-                of finite differences, say
+    noise       the largest error so far of a product with a unit vector, beyond rounding: of finite differences, say
     block_ratio measures the time of eight products in a block over that of eight single ones, where they may differ
     principal   products of several principal blocks, each on some leaves (by their positions in `tree.leaves(like)`)
                 and with a stack of its own, in one sweep over the data, where that is cheaper than with zeros elsewhere
+    kept_bytes  what is kept between products, in bytes
     choices     lets another process form the same products bit for bit; kept by all the algebra below
     """
 
@@ -49,6 +49,7 @@ class LinearOperator:
     block_ratio: Callable[[], float] | None = None
     principal: Principal | None = None
     choices: Choices = NO_CHOICES
+    kept_bytes: Callable[[], int] = int
 
     @property
     def size(self) -> int:
@@ -120,6 +121,7 @@ class LinearOperator:
             self.block_ratio,
             None if self.principal is None else principal,
             self.choices,
+            self.kept_bytes,
         )
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -136,6 +138,7 @@ class LinearOperator:
             if self.principal is None or other.principal is None
             else lambda parts: tree.add(self.blockwise(parts), other.blockwise(parts)),
             choices=both(self.choices, other.choices),
+            kept_bytes=lambda: self.kept_bytes() + other.kept_bytes(),
         )
 
     def __mul__(self, c: float) -> LinearOperator:
@@ -276,6 +279,7 @@ class LinearOperator:
             self.noise,
             principal=None if self.principal is None else principal,
             choices=self.choices,
+            kept_bytes=self.kept_bytes,
         )
 
     def blocks(self, by: By = "module") -> dict[str, LinearOperator]:
@@ -292,8 +296,7 @@ class LinearOperator:
 
     def to_dense(self, *, chunk: int = 128) -> Tensor:
         """The matrix (n, n), in the order of `tree.ravel`; raises `InputError` where it would take over 4 GiB."""
-        n = self.size
-        dtype = tree.work_dtype(self.like)
+        n, dtype = self.size, tree.work_dtype(self.like)
         if n * n * dtype.itemsize > _DENSE_LIMIT:
             raise InputError(
                 f"a dense matrix of size {n} takes {tree.gibibytes(n * n * dtype.itemsize)}, "

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from eigenfunc import storage, tree
 from eigenfunc.certificate import whole
-from eigenfunc.errors import InputError
+from eigenfunc.errors import BudgetError, InputError, StorageError
+from eigenfunc.operator import aslinearoperator
+from eigenfunc.storage import PIECE
 
 SMALL = 400  # sizes at which a basis of the whole space costs nothing
 ROOMY = 2**27  # entries of a basis that are had without asking
 BLOCK = 8
+HALF = 1e-4  # the least tolerance at which a basis in half precision may do
+PROBE = 8  # products of a proof of completeness after which a limit within the tolerance will do; vectors it holds
+FIXED = 64 * 2**20  # what a first product loads
 WORTH = {10: 0.45, 20: 0.5, 50: 0.65}  # from this k on a block pays if its products take less than this share
 
 
@@ -35,6 +44,60 @@ class Plan(NamedTuple):
     basis_size: int
     block_size: int
     max_matvecs: int
+    dtype: torch.dtype = torch.float32  # of the products
+    basis_dtype: torch.dtype | None = None  # a shorter one for the basis
+    basis_path: str | None = None  # the folder that holds the basis, instead of the memory
+    kept_bytes: int = 0  # what the operator keeps between products
+
+    @property
+    def basis_bytes(self) -> int:
+        """Of the basis, in memory or on disk."""
+        rows = self.basis_size + self.block_size
+        return rows * self.n * (self.basis_dtype or self.dtype).itemsize
+
+    @property
+    def working_bytes(self) -> int:
+        """Of memory beside the basis and the products' own, at most: a step, the proof of completeness, the end."""
+        vector = self.n * self.dtype.itemsize
+        rows = self.basis_size + self.block_size
+        scratch = 2 * rows * min(PIECE, self.n) * self.dtype.itemsize + FIXED
+        step, proof, end = 4 * self.block_size + 2, 6, 5 * self.k + 2
+        if self.basis_path is None or self.basis_dtype is not None:
+            return scratch + vector * max(step, proof + PROBE, end + (PROBE if self.basis_dtype else 0))
+        return scratch + vector * max(step, proof)
+
+    @property
+    def memory_bytes(self) -> int:
+        """At most, of the solver: beside the model, what the operator keeps, and what its products need."""
+        return self.working_bytes + (self.basis_bytes if self.basis_path is None else 0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """At most, in files without a name that go with the solution at the latest."""
+        vectors = (PROBE + 3 * self.k) * self.n * self.dtype.itemsize
+        return 0 if self.basis_path is None else self.basis_bytes + vectors
+
+    @property
+    def expected_matvecs(self) -> tuple[int, int]:
+        """The fewest and the most products, verification included, that runs of this kind took as a rule: four of five
+        on spectra with outliers above a bulk, as trained networks have. Others may take more, up to `max_matvecs` and
+        what verifies."""
+        return _expected(self)
+
+    def __str__(self) -> str:
+        """A short table: what it takes in memory, on disk, in products."""
+        low, high = self.expected_matvecs
+        dtype = str(self.basis_dtype or self.dtype).removeprefix("torch.")
+        place = "in memory" if self.basis_path is None else f"on disk in {self.basis_path}"
+        block = "" if self.block_size == 1 else f", in blocks of {self.block_size}"
+        lines = {
+            "basis": f"{tree.gibibytes(self.basis_bytes)} {place}: {self.basis_size} + {self.block_size} vectors of "
+            f"{self.n:,} in {dtype}",
+            "at work": f"{tree.gibibytes(self.working_bytes)} at most, the end with its vectors included",
+            "kept": f"{tree.gibibytes(self.kept_bytes)} by the operator, graphs of the gradient",
+            "products": f"{low} to {high} as a rule{block}, {self.max_matvecs} at most beside those that verify",
+        }
+        return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
     @property
     def k(self) -> int:
@@ -115,6 +178,88 @@ def plan_for(
     return Plan(which, top, bottom, tol, n, size, block, budget)
 
 
+def plan(
+    A: Any,
+    k: int | Sequence[int] = 6,
+    *,
+    which: str = "LM",
+    tol: float = 1e-4,
+    basis_size: int | None = None,
+    block_size: int | None = None,
+    basis_dtype: torch.dtype | None = None,
+    basis_path: str | os.PathLike[str] | None = None,
+    max_matvecs: int | None = None,
+    memory_budget: int | None = None,
+) -> Plan:
+    """What `eigsh` would do with these arguments, before it does it: sizes, bytes, and how many products to expect.
+
+    Printed it is a short table. No product is formed, but where k ≥ 10 and nothing is cached the operator is timed, in
+    blocks and one by one. The bytes are upper limits. How many products it takes depends on the spectrum, which nobody
+    knows yet: the range is that of measured runs (see `Plan.expected_matvecs`), and no promise.
+
+    Raises `InputError` for arguments out of range, `BudgetError` where nothing fits into the budget, `StorageError`
+    where the disk is too small.
+    """
+    A = aslinearoperator(A)
+    tree.check_vector_space(A.like, "the operator's `like`")
+    if basis_dtype not in (None, torch.float16, torch.bfloat16):
+        raise InputError(f"basis_dtype must be torch.float16 or torch.bfloat16, or left out, got {basis_dtype!r}")
+    sizes = {"basis_size": basis_size, "block_size": block_size, "max_matvecs": max_matvecs}
+    chosen = plan_for(k, which, tol, A.size, block_ratio=A.block_ratio, **sizes)._replace(
+        dtype=tree.work_dtype(A.like), basis_dtype=basis_dtype, kept_bytes=A.kept_bytes()
+    )
+    on_cpu = tree.device(A.like).type == "cpu"
+    if basis_path is not None:
+        if not on_cpu or not os.path.isdir(basis_path):
+            what = "needs vectors on the CPU" if os.path.isdir(basis_path) else f"must be a folder, got {basis_path!r}"
+            raise InputError(f"basis_path {what}")
+        storage.check()
+        chosen = chosen._replace(basis_path=os.fspath(basis_path))
+    if memory_budget is not None:
+        budget = whole(memory_budget, "memory_budget", 1)
+        chosen = _within(chosen, budget, sized=basis_size is not None, on_cpu=on_cpu)
+    if chosen.basis_path is not None and storage.free(chosen.basis_path) < chosen.disk_bytes:
+        raise StorageError(
+            f"{chosen.basis_path} has {tree.gibibytes(storage.free(chosen.basis_path))} free, and the run needs "
+            f"{tree.gibibytes(chosen.disk_bytes)} there: take another basis_path, or a smaller basis_size"
+        )
+    return chosen
+
+
+def _within(chosen: Plan, budget: int, *, sized: bool, on_cpu: bool) -> Plan:
+    """The first that fits: as chosen, a smaller basis, one in half precision, one on disk."""
+    options = [chosen]
+    if chosen.basis_path is None:
+        options += [] if sized else [_shrunk(chosen, budget)]
+        if chosen.basis_dtype is None and chosen.which in ("LM", "LA") and chosen.tol >= HALF:
+            half = chosen._replace(basis_dtype=torch.float16)
+            options += [half] if sized else [half, _shrunk(half, budget)]
+        folder = tempfile.gettempdir()
+        spilt = chosen._replace(basis_path=folder)
+        if on_cpu and storage.POSSIBLE and not storage.in_memory(folder) and storage.free(folder) >= spilt.disk_bytes:
+            options.append(spilt)
+    for option in options:
+        if option.memory_bytes <= budget:
+            return option
+    least = min(options, key=lambda option: option.memory_bytes)
+    raise BudgetError(
+        f"memory_budget {tree.gibibytes(budget)} is too small for k = {chosen.k} and n = {chosen.n:,}: the least that "
+        f"would do is {tree.gibibytes(least.memory_bytes)} ({least.memory_bytes} bytes). Raise it, or ask for a "
+        "smaller k or fewer parameters (`restrict`)",
+        least.memory_bytes,
+    )
+
+
+def _shrunk(chosen: Plan, budget: int) -> Plan:
+    """The largest basis that fits, or the smallest that makes sense."""
+    k, block = chosen.k, chosen.block_size
+    least = min(max(math.ceil(1.5 * k) + 4, k + 3 + block), chosen.basis_size)
+    sizes = range(chosen.basis_size, least, -1)
+    plans = (chosen._replace(basis_size=size) for size in sizes)
+    fits = (plan for plan in plans if plan.memory_bytes <= budget)
+    return next(fits, chosen._replace(basis_size=least))
+
+
 def ends(k: int | Sequence[int], which: str) -> tuple[int, int]:
     """How many values are wanted at the top and at the bottom."""
     if which not in ("LM", "LA", "SA", "BE"):
@@ -123,6 +268,20 @@ def ends(k: int | Sequence[int], which: str) -> tuple[int, int]:
         return whole(k[0], "k", 0), whole(k[1], "k", 0)
     count = whole(k, "k", 1)
     return {"BE": ((count + 1) // 2, count // 2), "SA": (0, count)}.get(which, (count, 0))
+
+
+def _expected(plan: Plan) -> tuple[int, int]:
+    """Straight lines around the counts of measured runs. The top end takes the same whatever the basis and for any
+    tolerance from 1e-2 to 1e-6; the bottom, a dense edge, depends on the basis."""
+    low, high = 0.0, 0.0
+    if top := plan.top:
+        low, high = 3.4 * top + 10, 5.5 * top + 20
+    if bottom := plan.bottom:
+        low, high = low + 15 * bottom + 40, high + (19 * bottom + 280) * max(1.0, 60 / plan.basis_size)
+    if plan.block_size > 1:
+        high /= min(WORTH.values())  # a block pays where it does not take more than that
+    most = plan.n + plan.k + 2 if plan.basis_size == plan.n else math.inf
+    return round(min(low, most)), round(min(high, most))
 
 
 def _block_for(k: int, which: str, measure: Callable[[], float] | None) -> int:

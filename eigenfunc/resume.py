@@ -69,7 +69,7 @@ def restore(store: Checkpoint, saved: Saved, run: Run, asked: Asked) -> Witness:
             "without a stop, and may differ in its last digits. For the same digits take the same machine, number of "
             f"threads and versions (then torch {saved.facts['torch']}, now {torch.__version__})",
             CheckpointWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     run.restore(saved)
     return Witness(saved.tensors["drawn"], saved.tensors["image"])

@@ -13,7 +13,7 @@ from eigenfunc import completeness, tree
 from eigenfunc.certificate import Certified, Products, certify, non_finite
 from eigenfunc.checkpoint import Journal, Saved
 from eigenfunc.errors import NonFiniteError
-from eigenfunc.krylov import lanczos as kernel
+from eigenfunc.krylov import basis as vectors, lanczos as kernel
 from eigenfunc.plan import Plan
 
 ROUNDS = 4  # certificates drawn up before the noise is blamed
@@ -75,7 +75,8 @@ class Run:
     def _begin(self, q: Tensor, image: Tensor, rows: int) -> None:
         b = q.shape[0]
         self.rows = rows
-        self.state = kernel.absorb(kernel.init(q, image, rows, self.basis_dtype), image, 0, b, again=self._again)
+        state = kernel.init(q, image, rows, self.basis_dtype, self.plan.basis_path)
+        self.state = kernel.absorb(state, image, 0, b, again=self._again)
         self.j = self.width = b
 
     def snapshot(self) -> Saved:
@@ -99,8 +100,9 @@ class Run:
         above, below, proven = facts["limits"]
         self.limits = completeness.Limits({1: above, -1: below}, proven)
         self.generator.set_state(tensors["generator"])
-        basis = torch.zeros(self.rows, self.products.size, dtype=self.basis_dtype, device=device)
-        basis[: self.j + self.width] = tensors["basis"].to(device)
+        like = torch.empty(0, self.products.size, device=device)
+        basis = vectors.allocate(like, self.rows, self.basis_dtype, self.plan.basis_path)
+        vectors.write(basis, 0, tensors["basis"].to(device))
         small = {name: tensors[name].to(device, copy=True) for name in kernel.State._fields if name != "basis"}
         self.state = kernel.State(basis=basis, **small)
         if "probe" in facts:

@@ -16,6 +16,7 @@ import optree
 import torch
 from torch import Tensor
 
+from eigenfunc import storage
 from eigenfunc.errors import InputError, TreeError
 
 Tree: TypeAlias = Any
@@ -134,19 +135,31 @@ def gram(x: Tree, y: Tree) -> Tensor:
 
 
 def wide(leaf: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The columns of a matrix (p, entries) in the given dtype: at once, or in slices where that takes a conversion."""
-    if leaf.dtype == dtype:
+    """The columns of a matrix (p, entries) in the given dtype: at once, or in slices where that takes a conversion, or
+    where there are many."""
+    if leaf.dtype != dtype:
+        yield from ((columns, leaf[:, columns].to(dtype)) for columns in _fine(leaf))
+    elif leaf.shape[1] <= storage.PIECE:
         yield slice(None), leaf
-        return
-    for start in range(0, max(leaf.shape[1], 1), _COLUMNS):
-        columns = slice(start, start + _COLUMNS)
-        yield columns, leaf[:, columns].to(dtype)
+    else:
+        yield from ((columns, leaf[:, columns]) for columns in storage.pieces(leaf))
+
+
+def _fine(*matrices: Tensor) -> Iterator[slice]:
+    """The columns of matrices, `_COLUMNS` at a time."""
+    length = matrices[0].shape[1]
+    for piece in storage.pieces(*matrices):
+        for start in range(piece.start, max(min(piece.stop, length), 1), _COLUMNS):
+            yield slice(start, start + _COLUMNS)
 
 
 def _gram_leaf(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != b.dtype:
         parts = [_gram_leaf(part, b[:, columns]) for columns, part in wide(a, b.dtype)]
         return torch.stack(parts).sum(0)
+    if a.shape[1] > storage.PIECE:
+        pieces = [_gram_leaf(a[:, columns], b[:, columns]) for columns in storage.pieces(a, b)]
+        return torch.stack(pieces).sum(0)
     length = a.shape[1]
     if a.dtype == torch.float64 or length <= _SLICE:
         return (a @ b.mT).double()
@@ -161,8 +174,7 @@ def exact_gram(x: Tree, y: Tree) -> Tensor:
     """As `gram`, but in float64 throughout: for the few inner products that end up in a result."""
     total: Tensor | None = None
     for a, b in zip(leaves(x), leaves(y), strict=True):
-        for start in range(0, max(matrix(a).shape[1], 1), _COLUMNS):
-            columns = slice(start, start + _COLUMNS)
+        for columns in _fine(matrix(a), matrix(b)):
             part = matrix(a)[:, columns].double() @ matrix(b)[:, columns].double().mT
             total = part if total is None else total + part
     assert total is not None
@@ -180,12 +192,13 @@ def dots(x: Tree, y: Tree) -> Tensor:
 
 
 def combine(c: Tensor, x: Tree, dtype: torch.dtype | None = None) -> Tree:
-    """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf), in a dtype if one is given."""
+    """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf), in a dtype if one is given; on
+    disk where x is."""
 
     def one(leaf: Tensor) -> Tensor:
         flat = matrix(leaf)
-        parts = [c.to(part.dtype) @ part for _, part in wide(flat, dtype or leaf.dtype)]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        parts = (c.to(part.dtype) @ part for _, part in wide(flat, dtype or leaf.dtype))
+        out = storage.joined(parts, flat.shape[1], flat)
         return out.reshape(out.shape[:1] + leaf.shape[1:])
 
     return tree_map(one, x)
@@ -193,7 +206,11 @@ def combine(c: Tensor, x: Tree, dtype: torch.dtype | None = None) -> Tree:
 
 def norms(x: Tree) -> Tensor:
     """Euclidean norms (p,), in float64, of a stack x (p, *leaf)."""
-    parts = [torch.linalg.vector_norm(matrix(leaf), dim=1, dtype=torch.float64) for leaf in leaves(x)]
+    parts = [
+        torch.linalg.vector_norm(part, dim=1, dtype=torch.float64)
+        for leaf in leaves(x)
+        for _, part in wide(matrix(leaf), leaf.dtype)
+    ]
     total: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     return total
 

@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from eigenfunc import tree
+from eigenfunc import storage, tree
 from eigenfunc.certificate import Certified
 from eigenfunc.completeness import Limits
 from eigenfunc.errors import NotConverged
@@ -46,9 +46,10 @@ def conclude(
         seed=seed,
     )
     status, message = _verdict(run, residuals / values.abs(), met, converged, skew, explained, rounds, remedy)
+    vectors = storage.rows_of(certified.vectors, order.to(products.device))
     solution = Solution(
         values=values * products.scale,
-        vectors=tree.unravel(certified.vectors[order.to(products.device)], products.A.like, narrow=False),
+        vectors=tree.unravel(vectors, products.A.like, narrow=False),
         residuals=residuals * products.scale,
         bounds=bounds * products.scale,
         sharp=torch.where(gap > 0, bounds.minimum(error * error / gap + run.floor()), bounds) * products.scale,

@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from floors below its own.
 FLOORS = [
     {"errors", "_version", "choices"},
+    {"storage"},
     {"tree"},
     {"scope", "archive", "bridge", "canvas", "checkpoint"},
     {"objective", "data", "operator", "preconditioners"},

@@ -192,7 +192,16 @@ class _SetUp(NamedTuple, Generic[F]):
             return max(matrix.noise(), sweep.error)
 
         return LinearOperator(
-            matvec, point, matmat, sweep.minibatches, words, noise, sweep.block_ratio, principal, choices
+            matvec,
+            point,
+            matmat,
+            sweep.minibatches,
+            words,
+            noise,
+            sweep.block_ratio,
+            principal,
+            choices,
+            lambda: sweep.kept_bytes,
         )
 
     def _formed(self, way: str, batch: Any, seed: int, leaves: Sequence[Tensor]) -> Product:

@@ -11,18 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfunc import tree
+from eigenfunc import storage, tree
 from eigenfunc.tree import Tree
 
-_SLICE = 1_048_576  # columns rotated at a time: bounds the scratch memory of a restart
 
+def allocate(block: Tree, num_rows: int, dtype: torch.dtype | None = None, folder: str | None = None) -> Tree:
+    """A zero stack (num_rows, *leaf) shaped after the stack `block`, in its dtypes or in another one; on disk in
+    `folder`, or else where the block is."""
 
-def allocate(block: Tree, num_rows: int, dtype: torch.dtype | None = None) -> Tree:
-    """A zero stack (num_rows, *leaf) shaped after the stack `block`, in its dtypes or in another one.
+    def one(leaf: Tensor) -> Tensor:
+        if folder is None:
+            return storage.allocate_like(leaf, num_rows, dtype)
+        flat = storage.allocate(folder, num_rows, leaf.shape[1:].numel(), dtype or leaf.dtype)
+        return flat.reshape(num_rows, *leaf.shape[1:])
 
-    Taken from `block.new_zeros`, so that under vmap the memory carries the batch dimension too.
-    """
-    return tree.tree_map(lambda leaf: leaf.new_zeros((num_rows, *leaf.shape[1:]), dtype=dtype or leaf.dtype), block)
+    return tree.tree_map(one, block)
 
 
 def write(target: Tree, start: int, block: Tree) -> Tree:
@@ -36,7 +39,10 @@ def write(target: Tree, start: int, block: Tree) -> Tree:
         stop = start + rows.shape[0]
         if torch.compiler.is_compiling() or _tracked(rows) or _tracked(leaf):
             return torch.cat([leaf[:start], rows, leaf[stop:]])
-        leaf[start:stop] = rows
+        if storage.folder_of(leaf):
+            storage.copy(tree.matrix(leaf[start:stop]), tree.matrix(rows))
+        else:
+            leaf[start:stop] = rows
         return leaf
 
     return tree.tree_map(one, target, block)
@@ -58,11 +64,11 @@ def subtract(block: Tree, coefficients: Tensor, basis: Tree) -> Tree:
 
     def one(w: Tensor, v: Tensor) -> Tensor:
         flat, weights = tree.matrix(w), coefficients.mT.to(w.dtype)
-        parts = [
+        parts = (
             torch.addmm(flat[:, columns], weights, part, alpha=-1)
             for columns, part in tree.wide(tree.matrix(v), w.dtype)
-        ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).reshape(w.shape)
+        )
+        return storage.joined(parts, flat.shape[1], flat).reshape(w.shape)
 
     return tree.tree_map(one, block, basis)
 
@@ -136,8 +142,8 @@ def rotate(basis: Tree, s: Tensor, tail: int) -> Tree:
         flat = tree.matrix(leaf)
         exact = torch.promote_types(leaf.dtype, torch.float32)
         weights = s.mT.to(exact)
-        for start in range(0, flat.shape[1], _SLICE):
-            columns = flat[:, start : start + _SLICE]
+        for piece in storage.pieces(flat):
+            columns = flat[:, piece]
             columns[:p] = weights @ columns[:j].to(exact)
             columns[p : p + tail] = columns[j : j + tail].clone()
         return leaf

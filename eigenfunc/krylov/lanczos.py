@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import tree
+from eigenfunc import storage, tree
 from eigenfunc.krylov import basis as vectors
 from eigenfunc.tree import Tree
 
@@ -41,13 +41,14 @@ def _always(large: Tensor) -> bool:
     return True
 
 
-def init(q: Tree, product: Tree, num_rows: int, dtype: torch.dtype | None = None) -> State:
+def init(q: Tree, product: Tree, num_rows: int, dtype: torch.dtype | None = None, folder: str | None = None) -> State:
     """State whose first coming rows are the orthonormal q (b, *leaf); their image only lends dtype and batching.
 
-    The basis can be stored in another dtype, a shorter one; sums are carried in that of the products.
+    The basis can be stored in another dtype, a shorter one, and on disk in a folder; sums are carried in the dtype of
+    the products.
     """
     like = tree.add(q, product)
-    basis = vectors.write(vectors.allocate(like, num_rows, dtype), 0, q)
+    basis = vectors.write(vectors.allocate(like, num_rows, dtype, folder), 0, q)
     g = tree.gram(like, like)
     zero = g.new_zeros(())
     alive = vectors.write(g.new_zeros(num_rows), 0, g.new_ones(g.shape[0]))
@@ -79,6 +80,7 @@ def absorb(state: State, product: Tree, j: int, width: int = 1, *, again: Again 
     anorm = torch.maximum(state.anorm, torch.where(finite, length, 0.0))
     floor = 10 * torch.finfo(tree.leaves(product)[0].dtype).eps * anorm
     q, r, alive = vectors.independent(rest, floor.expand(count))
+    del rest, product  # a vector may be a large part of the memory
     if count > 1 or again((torch.linalg.vector_norm(far, dim=0) > 0.05 * left).any()):
         far = tree.gram(seen, q)
         shrunk = torch.diagonal(r)
@@ -138,8 +140,9 @@ def inject(state: State, row: int, vector: Tree, *, stop: int) -> State:
 
 def swap(state: State, i: int, k: int) -> State:
     """Exchange two coming rows; in place."""
-    for leaf in (*tree.leaves(state.basis), state.t, state.alive):
-        leaf[[i, k]] = leaf[[k, i]]
+    for leaf in (*map(tree.matrix, tree.leaves(state.basis)), state.t, state.alive[:, None]):
+        for columns in storage.pieces(leaf):
+            leaf[[i, k], columns] = leaf[[k, i], columns]
     return state
 
 
