@@ -15,7 +15,7 @@ from torch import Tensor
 from eigenfunc import storage, tree
 from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.eigsh import eigsh
-from eigenfunc.errors import InputError, StorageError, Stopped
+from eigenfunc.errors import InputError, Stopped, StorageError
 from eigenfunc.krylov import basis, lanczos as kernel
 from eigenfunc.operator import LinearOperator, aslinearoperator
 
