@@ -23,6 +23,7 @@ from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import EigenfuncError, FileError, InputError
 from eigenfunc.layers import eigsh_blocks
 from eigenfunc.operator import LinearOperator
+from eigenfunc.plan import plan
 from eigenfunc.solution import EigenPairs, Solution
 from eigenfunc.stochastic.density import spectral_density
 
@@ -146,9 +147,13 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError("--resume needs --checkpoint PATH, the file to go on from")
     with problem.traced(args.problem):
         A = _operator(args.problem)
-        wanted = {"which": args.which, "tol": args.tol, "seed": args.seed}
+        wanted: dict[str, Any] = {"which": args.which, "tol": args.tol}
+        if not (args.resume and args.checkpoint.exists()):  # that run has its plan already
+            planned = plan(A, args.k, **wanted)
+            print(planned)
+            wanted["block_size"] = planned.block_size  # as printed: measured again it may come out otherwise
         with signals.saving(args.checkpoint, args.resume) as checkpoint:
-            solution = eigsh(A, args.k, **wanted, progress=True, checkpoint=checkpoint, throw=False)
+            solution = eigsh(A, args.k, **wanted, seed=args.seed, progress=True, checkpoint=checkpoint, throw=False)
     return _finish(args, solution, A, {"problem": str(args.problem)}, {})
 
 

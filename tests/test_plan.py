@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from eigenfunc import storage
+from eigenfunc.cli import main
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import BudgetError, InputError
@@ -177,6 +178,35 @@ def test_a_budget_is_a_number_of_bytes(budget: object) -> None:
 def test_eigsh_refuses_before_the_first_product() -> None:
     with pytest.raises(BudgetError):
         eigsh(huge(n=10**6), 3, memory_budget=10**6)
+
+
+def test_the_bar_counts_up_to_what_is_expected(capsys: pytest.CaptureFixture[str]) -> None:
+    A = diagonal(spectrum(3000))
+    eigsh(A, 3, seed=0, progress=True)
+    shown = capsys.readouterr().err
+    assert f"/{sum(plan(A, 3).expected_matvecs) // 2} [" in shown
+    assert "λ₁ 1, residual" in shown
+
+
+PROBLEM = """
+import torch
+from eigenfunc import functional_loss
+
+def make_problem():
+    torch.manual_seed(0)
+    loss, params = functional_loss(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss())
+    return loss, params, (torch.randn(30, 4), torch.randint(0, 3, (30,)))
+"""
+
+
+def test_the_command_line_prints_the_plan_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "problem.py"
+    path.write_text(PROBLEM)
+    assert main(["run", str(path), "--k", "2", "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line.split()[0] for line in lines[1:6]]
+    assert heads == ["basis", "at", "kept", "products", "rank"]
+    assert "15 + 1 vectors of 15 in float32" in lines[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
