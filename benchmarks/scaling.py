@@ -63,7 +63,7 @@ def measure(n: int, folder: str | None) -> Row:
     peak = _status("VmHWM") - before
     disk = plan(operator(1000), 2, **options)._replace(n=n).disk_bytes
     stats = found.stats
-    return Row(n, "disk" if folder else "memory", stats.matvecs, stats.seconds, peak, disk, found.success)
+    return Row(n, "on disk" if folder else "in memory", stats.matvecs, stats.seconds, peak, disk, found.success)
 
 
 def measured(n: int, folder: str | None) -> Row:
@@ -83,7 +83,7 @@ def measured(n: int, folder: str | None) -> Row:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| n | basis in | products | seconds a product | ns a product and entry | peak memory | in vectors | disk |",
+        "| n | basis | products | seconds a product | ns a product and entry | peak memory | in vectors | disk |",
         "|" + "---|" * 8,
     ]
     for row in rows:
@@ -98,9 +98,9 @@ def draw(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(9, 3.8), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharex=True)
-    for place, colour in (("memory", "#4477aa"), ("disk", "#cc6677")):
+    for place, colour in (("in memory", "#4477aa"), ("on disk", "#cc6677")):
         own = [row for row in rows if row.place == place]
-        style: dict[str, Any] = {"color": colour, "marker": "o", "ms": 5, "lw": 1.6, "label": f"basis in {place}"}
+        style: dict[str, Any] = {"color": colour, "marker": "o", "ms": 5, "lw": 1.6, "label": f"basis {place}"}
         left.loglog([row.n for row in own], [row.seconds / row.matvecs for row in own], **style)
         right.loglog([row.n for row in own], [row.peak / 2**30 for row in own], **style)
     ends = [rows[0].n, rows[-1].n]

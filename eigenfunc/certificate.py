@@ -61,7 +61,7 @@ class Products:
     def random(self, generator: torch.Generator) -> Tensor:
         """A unit vector (1, n), uniform on the sphere."""
         x = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.dtype)
-        return torch.div(x, torch.linalg.vector_norm(x)).to(self.device)
+        return torch.div(x, tree.norm(x)).to(self.device)
 
     def calibrate(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two products with one random unit vector: checks their shape, sets `scale`, measures `noise`.
