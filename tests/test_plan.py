@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from eigenfunc import storage
+from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.cli import main
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.eigsh import eigsh
-from eigenfunc.errors import BudgetError, InputError
+from eigenfunc.errors import BudgetError, InputError, Stopped
 from eigenfunc.objective import functional_loss
 from eigenfunc.operator import LinearOperator, aslinearoperator
 from eigenfunc.plan import Plan, plan
@@ -215,3 +217,14 @@ def test_the_process_stays_within_its_budget() -> None:
     vector = 4 * 4_000_000
     assert plan(huge(n=4_000_000), 2).memory_bytes > 43 * vector
     assert resident(memory_budget=43 * vector) <= 44 * vector
+
+
+def test_a_run_within_a_budget_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("eigenfunc.plan"), "FIXED", 0)
+    A, calls = diagonal(spectrum(4000)), iter([False] * 12 + [True])
+    arguments = {"tol": 1e-3, "seed": 1, "memory_budget": int(0.76 * plan(A, 5).memory_bytes)}
+    whole = eigsh(A, 5, **arguments)
+    assert whole.stats.basis_size == 16 < plan(A, 5).basis_size
+    with pytest.raises(Stopped):
+        eigsh(A, 5, checkpoint=Checkpoint(tmp_path / "run", stop=lambda: next(calls)), **arguments)
+    assert torch.equal(eigsh(A, 5, checkpoint=tmp_path / "run", **arguments).values, whole.values)
