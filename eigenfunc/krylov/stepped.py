@@ -32,6 +32,10 @@ class Row(NamedTuple):
 def advance(matvec: MatVec, seen: Tree, anorm: Tensor) -> Row:
     """One product with the last row of `seen` (rows, *leaf), made orthogonal to all of them by two passes of classical
     Gram–Schmidt. L. Giraud, J. Langou and M. Rozložník, Comput. Math. Appl. 50 (2005)."""
+    first, *others = tree.leaves(seen)
+    check: Any = torch._check
+    for leaf in others:
+        check(leaf.shape[0] == first.shape[0])  # which the compiler, to whom both are unknown, cannot see
     product = tree.tree_map(lambda leaf, row: leaf[None].to(row), matvec(tree.row(seen, -1)), tree.row(seen, -1))
     c = tree.gram(seen, product)
     rest = vectors.subtract(product, c, seen)
@@ -82,10 +86,10 @@ def run(
 
 
 def _growing(seen: Tree) -> Tree:
-    """`seen` with a number of rows, the same in all leaves, that the compiler takes as unknown: no size is special."""
+    """`seen` with a number of rows that the compiler takes as unknown: no size is special."""
     decorators: Any = torch._dynamo.decorators
     for leaf in tree.leaves(seen):
-        decorators.mark_unbacked(leaf, 0, shape_id="rows")
+        decorators.mark_unbacked(leaf, 0)
     return seen
 
 
