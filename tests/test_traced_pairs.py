@@ -31,7 +31,7 @@ def normed(params: Params, x: Tensor) -> Tensor:
     return F.mse_loss(F.normalize(h) + h.std(1, keepdim=True), x[:, :3]) + torch.logdet(h.mT @ h + torch.eye(3))
 
 
-def sharp(loss: Callable[..., Tensor] = tanh_net, num_steps: int = 2) -> Callable[..., Tensor]:
+def sharp(loss: Callable[..., Tensor] = tanh_net, num_steps: int = 1) -> Callable[..., Tensor]:
     return lambda p, x: sharpness(loss, p, x, num_steps=num_steps, v0=START)
 
 
