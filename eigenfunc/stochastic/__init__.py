@@ -1,0 +1,1 @@
+"""Traces, diagonals and norms from random probes, each with an honest standard error."""
