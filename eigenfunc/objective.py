@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class Objective:
             value: Tensor = self._apply(params, lambda module: loss_fn(module, batch))
             return value
         if self.criterion is not None:
-            inputs, targets = _pair(batch)
+            inputs, targets = pair(batch, "pass loss_fn=lambda model, batch: ... for anything else")
             criterion = self.criterion
             # inside, for a criterion may reach for the module's parameters, to penalise them say
             loss: Tensor = self._apply(params, lambda module: criterion(module(inputs), targets))
@@ -121,12 +121,37 @@ def _attributes_kept(module: nn.Module) -> Iterator[None]:
                     del vars(part)[name]
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """criterion(predict(params, inputs), targets) of a batch (inputs, targets), as a loss, for an `Objective` or any
+    other object that has the two. The criterion is no part of the module here, so what it reads of the parameters is
+    constant."""
+
+    parts: Any
+
+    def __call__(self, params: Any, batch: Any) -> Tensor:
+        inputs, targets = pair(batch, AS_PAIRS)
+        loss: Tensor = self.parts.criterion(self.parts.predict(params, inputs), targets)
+        return loss
+
+
+AS_PAIRS = "have the data yield pairs, a dict of inputs and one of targets say"
+
+
+def guarded(loss: Any) -> Any:
+    """The same loss, to which writing into constants is an error, if it is one of this module."""
+    if isinstance(loss, Composition):
+        return Composition(guarded(loss.parts))
+    return replace(loss, guarded=True) if isinstance(loss, Objective) else loss
+
+
+def pair(batch: Any, remedy: str) -> tuple[Any, Any]:
+    """(inputs, targets); `ObjectiveError` with the remedy for anything that is not a pair."""
     if isinstance(batch, Mapping) or not hasattr(batch, "__len__") or isinstance(batch, Tensor) or len(batch) != 2:
         size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise ObjectiveError(
             f"with a criterion a batch must be a pair (inputs, targets), this one is a {type(batch).__name__}{size}; "
-            "pass loss_fn=lambda model, batch: ... for anything else"
+            f"{remedy}"
         )
     inputs, targets = batch
     return inputs, targets

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
-from eigenfunc.curvature.products import Loss, Product
+from eigenfunc.curvature.products import Product
 from eigenfunc.data import mapped
 from eigenfunc.tree import Tree
 
@@ -21,16 +21,19 @@ class Linear(NamedTuple):
     tangent: Callable[..., Sequence[Tensor]]  # the product from that and the vector, compiled
 
 
+Make = Callable[[Any, int, Sequence[Tensor]], Product]  # batch, seed, leaves -> the product there
+
+
 class Compiled:
-    """`jvp` of the gradient, linearised: as `torch.func.linearize` does, but with the batch as an argument.
+    """`jvp`, linearised: as `torch.func.linearize` does, but with the batch as an argument.
 
     A loss whose control flow depends on values of the batch fails to trace; sizes and anything that is not a tensor
     are baked in, and traced anew where they differ.
     """
 
-    def __init__(self, loss: Loss, point: Tree) -> None:
-        self._loss = loss
-        self._refs, self._rebuild = tree.flatten(point)
+    def __init__(self, make: Make, point: Tree) -> None:
+        self._make_product = make
+        self._refs = tree.leaves(point)
         self._made: dict[str, Linear] = {}
 
     def __call__(self, seed: int, batch: Any) -> Product:
@@ -55,8 +58,7 @@ class Compiled:
         def joint(*args: Tensor) -> list[Tensor]:
             given = iter(args[count:-count])
             whole = mapped(lambda leaf: next(given), batch)
-            f = products.of_leaves(self._loss, whole, self._rebuild(refs), seed)
-            return products.jvp(f, args[:count]).single(args[-count:])
+            return self._make_product(whole, seed, args[:count]).single(args[-count:])
 
         traced = make_fx(torch.func.functionalize(joint))(*refs, *tensors, *map(torch.ones_like, refs))
         traced.graph.eliminate_dead_code()

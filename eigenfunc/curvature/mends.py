@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -200,6 +201,16 @@ class Traceable(TorchFunctionMode):
         if formula is None or named.get("inplace") or not set(named) <= _TAKEN[func]:
             return func(*args, **(kwargs or {}))
         return formula(*args, **named)
+
+
+class SplitLinear(TorchFunctionMode):
+    """Linear layers as a product and a sum: for a tangent through both at once torch holds five tensors of the size of
+    the layer's output, and so four, which is what counts where the outputs are logits over a large vocabulary."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) == 3 and args[2] is not None and not kwargs:
+            return args[0] @ args[1].mT + args[2]
+        return func(*args, **(kwargs or {}))
 
 
 def _show() -> None:

@@ -7,9 +7,9 @@ torch.func does not know. So none is trusted alone: `proof.prove` holds ways of 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.autograd import forward_ad as _forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eigenfunc import scope, tree
+from eigenfunc.curvature.differences import Map, best_step, estimate, sizes
 from eigenfunc.curvature.held import Held
 from eigenfunc.curvature.mends import Traceable, mended, show_all_calls
 from eigenfunc.data import fresh
@@ -25,8 +26,7 @@ from eigenfunc.tree import Tree
 
 Loss = Callable[[Tree, Any], Tensor]
 Function = Callable[[Sequence[Tensor]], Tensor]
-Map = Callable[[Sequence[Tensor]], list[Tensor]]
-
+F = TypeVar("F")
 
 forward_ad: Any = _forward_ad
 
@@ -35,11 +35,26 @@ class Product(NamedTuple):
     single: Map  # one vector, as a list of tensors shaped as the point
     block: Map  # a stack of vectors, with a leading axis on every tensor
     held: int | None = None  # bytes kept for it, None if only autograd knows
+    beside: int = 0  # bytes kept beside what autograd knows
 
 
-Way = Callable[[Function, Sequence[Tensor]], Product]
+Way = Callable[[F, Sequence[Tensor]], Product]
 
-_POWERS = (1 / 5, 1 / 4, 1 / 3.5, 1 / 3, 1 / 2.5, 1 / 2, 1 / 1.75)  # of the rounding unit: steps of differences
+
+class Ways(NamedTuple, Generic[F]):
+    """The ways to form a product with one matrix, from a function f of a list of tensors, and a witness to them.
+
+    Those called as in `FORWARD` push tangents forward, the others pull back only. The witness gives (the product with
+    a vector, the error of each block as a 0-dim tensor) by central differences.
+    """
+
+    matrix: str
+    each: Mapping[str, Way[F]]
+    witness: Callable[[F, Sequence[Tensor], Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
+    witness_name: str
+    remedy: str  # what else to do where no two agree
+
+
 _CAUTION = 4.0  # times an estimate that is off by as much where rounding is all there is
 
 
@@ -153,11 +168,13 @@ class Differences:
         """Central differences of the gradient, of fourth order, along the unit vector; see `estimate`."""
         if self.step is None:
             generator = torch.Generator().manual_seed(0)
-            self.step = best_step(f, point, [[tree.randn(x, generator) for x in point], _bent(f, point)])
+            bent = _gradient(f, point)  # a direction in which the loss bends
+            directions = [[tree.randn(x, generator) for x in point], bent]
+            self.step = best_step(partial(_gradient, f), point, directions)
         step = self.step
 
         def product(v: Sequence[Tensor]) -> list[Tensor]:
-            image, errors = estimate(f, point, v, step)
+            image, errors = estimate(partial(_gradient, f), point, v, step)
             length = float(tree.norm(list(v)))
             if length > 0:
                 self.error = max(self.error, _CAUTION * float(tree.norm(errors)) / length)
@@ -166,8 +183,13 @@ class Differences:
         return Product(product, looped(product))
 
 
-def _bent(f: Function, point: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient: a direction in which the loss bends."""
+def _by_differences(f: Function, point: Sequence[Tensor], v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    slope = partial(_gradient, f)
+    found, errors = estimate(slope, point, v, best_step(slope, point, [v]))
+    return found, sizes(errors)
+
+
+def _gradient(f: Function, point: Sequence[Tensor]) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in point]
     gradient = slopes(f(leaves), leaves)
     return [torch.zeros_like(x) if s is None else s.detach() for x, s in zip(leaves, gradient, strict=True)]
@@ -184,49 +206,16 @@ def looped(single: Map) -> Map:
     return block
 
 
-def estimate(
-    f: Function, point: Sequence[Tensor], v: Sequence[Tensor], step: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """H v by differences of the gradient at distances `step` and 2 `step` along v/‖v‖, and its error block by block.
-
-    The error (0-dim tensors) is what the second-order and the fourth-order formula differ by, which covers rounding,
-    curvature and kinks alike.
-    """
-    length = tree.norm(list(v))
-    if float(length) == 0:
-        return [torch.zeros_like(x) for x in v], [torch.zeros((), dtype=torch.float64, device=x.device) for x in v]
-    unit = tree.scale(1 / length, list(v))
-
-    def slope(t: float) -> list[Tensor]:
-        leaves = [(x.detach() + t * u).requires_grad_() for x, u in zip(point, unit, strict=True)]
-        gradient = slopes(f(leaves), leaves)
-        return [torch.zeros_like(x) if s is None else s.detach() for x, s in zip(leaves, gradient, strict=True)]
-
-    def central(h: float) -> list[Tensor]:
-        difference: list[Tensor] = tree.scale(length / (2 * h), tree.sub(slope(h), slope(-h)))
-        return difference
-
-    near, far = central(step), central(2 * step)
-    best = [a + (a - b) / 3 for a, b in zip(near, far, strict=True)]
-    return best, [torch.linalg.vector_norm(a - b, dtype=torch.float64) / 3 for a, b in zip(near, far, strict=True)]
-
-
-def best_step(f: Function, point: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]) -> float:
-    """The distance, among a few, at which differences along any of the directions have the smallest error."""
-    eps, size = tree.coarsest_eps(list(point)), max(float(tree.norm(list(point))), 1e-3)
-
-    def error(step: float) -> float:
-        lengths = [float(tree.norm(list(v))) or 1.0 for v in directions]
-        found = [float(tree.norm(estimate(f, point, v, step)[1])) / n for v, n in zip(directions, lengths, strict=True)]
-        return max(found) if all(map(math.isfinite, found)) else math.inf
-
-    steps: list[float] = [size * eps**power for power in _POWERS]
-    return min(steps, key=error)
-
-
-WAYS: dict[str, Way] = {"graph": graph, "dual": dual, "jvp": jvp, "vjp": vjp}
+WAYS: dict[str, Way[Function]] = {"graph": graph, "dual": dual, "jvp": jvp, "vjp": vjp}
 FORWARD = frozenset({"jvp", "dual"})  # the others are reverse over reverse
 ON_REQUEST = "finite-difference"
+HESSIAN = Ways(
+    "Hessian",
+    WAYS,
+    _by_differences,
+    "central differences of the gradient",
+    f"product='{ON_REQUEST}' differentiates the gradient by differences, check=False takes one way without proof",
+)
 
 
 def of_leaves(loss: Loss, batch: Any, params: Tree, seed: int | None = None) -> Function:

@@ -11,31 +11,32 @@ from torch import Tensor
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
 from eigenfunc.curvature.mends import Seen, mended
-from eigenfunc.curvature.products import FORWARD, WAYS, Function
+from eigenfunc.curvature.products import FORWARD, F, Function, Ways
 from eigenfunc.errors import EigenfuncError, ProductError
-
-_DIFFERENCES = "central differences"
 
 
 class Proof(NamedTuple):
-    ways: tuple[str, ...]  # those that agree, in the order of WAYS
+    ways: tuple[str, ...]  # those that agree, in the order in which they were given
     error: float  # what they differ by, relative to each block
     trouble: dict[str, str]  # what went wrong with others
+    witness: str  # what bears witness where all are of one kind
 
     def words(self, way: str) -> str:
         """What confirms `way`: one of the other kind, or else central differences."""
         others = [other for other in self.ways if (other in FORWARD) != (way in FORWARD)]
-        witness = f"'{others[0]}'" if others else f"{_DIFFERENCES} of the gradient"
+        witness = f"'{others[0]}'" if others else self.witness
         failures = "".join(f"; {name}: {why}" for name, why in self.trouble.items())
         return f"confirmed by {witness} to {self.error:.0e} in every block{failures}"
 
 
-def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], seen: Seen, wanted: str | None = None) -> Proof:
+def prove(
+    f: F, ways: Ways[F], point: Sequence[Tensor], labels: Sequence[str], seen: Seen, wanted: str | None = None
+) -> Proof:
     """The ways that agree block by block on a random vector, once two of different kinds do, `wanted` among them.
 
-    Kinds are reverse over reverse and forward over reverse, for a wrong formula for a second derivative can mislead
-    all ways of one kind. Where only one kind can be had, it is held against differences of the gradient. The first
-    way must be symmetric on a random pair of vectors too.
+    Kinds are those that push tangents forward and those that only pull back, for a wrong formula for a derivative can
+    mislead all ways of one kind. Where only one kind can be had, it is held against central differences. The first way
+    must be symmetric on a random pair of vectors too.
 
     Raises `ProductError` with the figures where no two agree.
     """
@@ -43,11 +44,12 @@ def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], seen: See
     u, v = ([tree.randn(x, generator) for x in point] for _ in range(2))
     images: dict[str, list[Tensor]] = {}
     trouble: dict[str, str] = {}
-    for name in sorted(WAYS, key=lambda way: way != wanted):
+    for name in sorted(ways.each, key=lambda way: way != wanted):
         try:
-            product = WAYS[name](f, point)
+            product = ways.each[name](f, point)
             image = product.single(v)
             other = None if images else product.single(u)
+            del product
             if problem := _flaw(u, v, image, other, tolerance_of(point, seen.eps)):
                 trouble[name] = problem
                 continue
@@ -60,25 +62,25 @@ def prove(f: Function, point: Sequence[Tensor], labels: Sequence[str], seen: See
         agreeing = {name, *_agreeing(images, name, labels, seen.eps, trouble)}
         if len({way in FORWARD for way in agreeing}) == 2 and (wanted is None or wanted in agreeing):
             worst = max(disagreement(images[way], image, labels, seen.eps)[0] for way in agreeing)
-            return Proof(tuple(way for way in WAYS if way in agreeing), worst, trouble)
+            return Proof(tuple(way for way in ways.each if way in agreeing), worst, trouble, ways.witness_name)
     for name in images if wanted is None else [wanted] if wanted in images else []:
-        found = _against_differences(f, point, v, images[name], labels, min(20 * tolerance_of(point, seen.eps), 0.05))
+        tolerance = min(20 * tolerance_of(point, seen.eps), 0.05)
+        found = _against_differences(*ways.witness(f, point, v), images[name], labels, tolerance)
         if isinstance(found, float):
-            return Proof((name,), found, trouble)
-        trouble[f"{name} against {_DIFFERENCES}"] = found
+            return Proof((name,), found, trouble, ways.witness_name)
+        trouble[f"{name} against central differences"] = found
     figures = "\n".join(f"  {name}: {why}" for name, why in trouble.items())
     raise ProductError(
-        f"no two ways of forming the Hessian-vector product agree on this loss:\n{figures}\n"
+        f"no two ways of forming the {ways.matrix}-vector product agree on this loss:\n{figures}\n"
         "Look for operations without second derivatives, custom autograd functions, or randomness in the forward "
-        "pass; product='finite-difference' differentiates the gradient by differences, check=False takes one way "
-        "without proof"
+        f"pass; {ways.remedy}"
     )
 
 
 def _flaw(
     u: list[Tensor], v: list[Tensor], image: list[Tensor], other: list[Tensor] | None, tolerance: float
 ) -> str | None:
-    """What rules a way out by itself: entries of H v that are not finite or, given H u, ⟨u, Hv⟩ ≠ ⟨v, Hu⟩."""
+    """What rules a way out by itself: entries of A v that are not finite or, given A u, ⟨u, Av⟩ ≠ ⟨v, Au⟩."""
     if not all(bool(torch.isfinite(block).all()) for block in image):
         return "the product holds NaN or infinity"
     if other is None:
@@ -86,7 +88,7 @@ def _flaw(
     skew = float((tree.dot(u, image) - tree.dot(v, other)).abs())
     size = float(tree.norm(u) * tree.norm(image) + tree.norm(v) * tree.norm(other))
     if skew > tolerance * size:
-        return f"not symmetric: ⟨u, Hv⟩ and ⟨v, Hu⟩ differ by {skew:.2e} of {size:.2e}"
+        return f"not symmetric: ⟨u, Av⟩ and ⟨v, Au⟩ differ by {skew:.2e} of {size:.2e}"
     return None
 
 
@@ -158,10 +160,9 @@ def check_mends(f: Function, point: Sequence[Tensor], labels: Sequence[str], see
 
 
 def _against_differences(
-    f: Function, point: Sequence[Tensor], v: list[Tensor], image: list[Tensor], labels: Sequence[str], tolerance: float
+    found: list[Tensor], errors: list[Tensor], image: list[Tensor], labels: Sequence[str], tolerance: float
 ) -> float | str:
     """The largest relative difference over the blocks, or why central differences do not confirm the product."""
-    found, errors = products.estimate(f, point, v, products.best_step(f, point, [v]))
     whole = float(tree.norm(found))
     worst = 0.0
     for label, x, y, error in zip(labels, image, found, errors, strict=True):

@@ -19,7 +19,7 @@ from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.products import Function, Loss
 from eigenfunc.data import Batches, Reader, average, mapped
 from eigenfunc.errors import DataError, DataWarning, ObjectiveError
-from eigenfunc.objective import Objective
+from eigenfunc.objective import Composition, guarded
 from eigenfunc.tree import Tree
 
 
@@ -103,8 +103,7 @@ def _check_purity(loss: Loss, point: Tree, batch: Any, seed: int) -> None:
         own = mapped(copied, batch)
     except DataError:
         own = batch
-    pure = replace(loss, guarded=True) if isinstance(loss, Objective) else loss
-    _value(products.of_leaves(pure, own, params, seed), tree.leaves(params))
+    _value(products.of_leaves(guarded(loss), own, params, seed), tree.leaves(params))
     written = [i for i, copy in enumerate(copies) if copy._version > 0]
     if written:
         what = f"parameter '{tree.names(point)[written[0]]}'" if written[0] < count else "a tensor of its batch"
@@ -113,10 +112,13 @@ def _check_purity(loss: Loss, point: Tree, batch: Any, seed: int) -> None:
             "other numbers; use the out-of-place operation, or clone the tensor first"
         )
     leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(point)]
-    _check_aliases(products.of_leaves(loss, batch, point, seed)(leaves), leaves, tree.names(point))
+    remedy = "take it from `params`, or in a module from its own attribute"
+    if isinstance(loss, Composition):
+        remedy += ". A penalty in the criterion is no function of the outputs: leave it out, and add its own Hessian"
+    _check_aliases(products.of_leaves(loss, batch, point, seed)(leaves), leaves, tree.names(point), remedy)
 
 
-def _check_aliases(value: Tensor, leaves: list[Tensor], names: list[str]) -> None:
+def _check_aliases(value: Tensor, leaves: list[Tensor], names: list[str], remedy: str) -> None:
     """No other tensor that requires grad, in the graph of the loss, may share its memory with a parameter."""
     places = {leaf.data_ptr(): name for leaf, name in zip(leaves, names, strict=True) if leaf.numel() > 0}
     own = {id(leaf) for leaf in leaves}
@@ -127,8 +129,7 @@ def _check_aliases(value: Tensor, leaves: list[Tensor], names: list[str]) -> Non
         if variable is not None and id(variable) not in own and variable.data_ptr() in places:
             raise ObjectiveError(
                 f"the loss reads parameter '{places[variable.data_ptr()]}' not from the `params` it is given but from "
-                "elsewhere (a list, a closure, a second reference), where it counts as a constant; take it from "
-                "`params`, or in a module from its own attribute"
+                f"elsewhere (a list, a closure, a second reference), where it counts as a constant; {remedy}"
             )
         for following, _ in () if node is None else node.next_functions:
             if following is not None and following not in seen:

@@ -70,6 +70,7 @@ class Sweep:
                     self.complete = False  # the loss has hooks of its own, so that nothing can be counted
                     break
                 size = sum(saved.values()) - before if product.held is None else product.held
+                size += product.beside
                 self.largest_bytes = max(self.largest_bytes, size)
                 if self.kept_bytes + size > budget:
                     self.complete = False

@@ -1,0 +1,292 @@
+"""What torch's losses are: Σ w ℓ, with ℓ the negative log-likelihood of an observation and w ≥ 0 its weight.
+
+The weight holds all that only says how often an observation counts: the reduction, class weights, `ignore_index`,
+`pos_weight`, the total of a soft target. So a sum and a mean are the same likelihood, with other weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+Draw = Callable[[Generator], Tensor]
+
+CHUNK = 2**21  # entries that are handled at once where a whole array of them would be large
+
+
+class Tokens(NamedTuple):
+    """Categorical observations with probabilities softmax(logits): −log p_y, or −Σ τ_c log p_c for soft targets τ.
+
+    logits   (C,) or (N, C, d…), in the dtype the loss has them
+    weights  of each observation: shaped as the logits, with one entry on the axis of classes
+    targets  classes, with any number of them on the axis of classes (several observations of the same weight, which
+             share it); or soft targets that sum to one over the classes, floating-point and shaped as the logits
+    """
+
+    logits: Tensor
+    weights: Tensor
+    targets: Tensor
+
+    @property
+    def axis(self) -> int:
+        return min(self.logits.ndim - 1, 1)
+
+    def parts(self) -> Iterator[tuple[slice, ...]]:
+        """Cuts along the axes of observations into pieces of about `CHUNK` logits."""
+        shape = self.logits.shape
+        if len(shape) == 1:
+            yield (slice(None),)
+            return
+        each = self.logits[0].numel()
+        inner = shape[2] if len(shape) > 2 else 1
+        if each <= CHUNK or inner == 1:
+            count = max(CHUNK // max(each, 1), 1)
+            yield from ((slice(i, i + count),) for i in range(0, shape[0], count))
+            return
+        count = max(CHUNK * inner // each, 1)
+        for i in range(shape[0]):
+            yield from ((slice(i, i + 1), slice(None), slice(j, j + count)) for j in range(0, inner, count))
+
+    def part(self, where: tuple[slice, ...]) -> Tokens:
+        return Tokens(self.logits[where], self.weights[where], self.targets[where])
+
+
+class Entries(NamedTuple):
+    """Observations of single numbers, one an output. All entries of a sample, what lies beyond axis 0, are one term.
+
+    weights      of each entry, to be broadcast to the outputs
+    targets      those of the data
+    curvature    ∂²ℓ/∂z² at the targets
+    information  E (∂ℓ/∂z)² over targets drawn from the likelihood
+    score        targets -> ∂ℓ/∂z
+    draw         generator -> targets drawn from the likelihood, constants
+    """
+
+    weights: Tensor
+    targets: Tensor
+    curvature: Tensor
+    information: Tensor
+    score: Callable[[Tensor], Tensor]
+    draw: Draw
+
+
+Likelihood = Tokens | Entries
+
+
+def likelihood(criterion: Any, outputs: Any, targets: Any) -> Likelihood | None:
+    """The likelihood that `criterion(outputs, targets)` is made of, or None where that is not known for certain.
+
+    Known are the modules `CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`, `PoissonNLLLoss` and `GaussianNLLLoss`
+    of torch.nn themselves (a subclass may do anything), without hooks, their counterparts in torch.nn.functional, and
+    functools.partial of either with keywords, which is how a Gaussian is given its `var`.
+    """
+    found = _call(criterion)
+    if found is None or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return None
+    if not outputs.is_floating_point():
+        return None
+    reader, options = found
+    legacy = options.pop("size_average", None), options.pop("reduce", None)
+    if legacy != (None, None) or options["reduction"] not in ("mean", "sum"):
+        return None
+    return reader(outputs, targets, **options)
+
+
+Reader = Callable[..., Likelihood | None]
+
+
+def _call(criterion: Any) -> tuple[Reader, dict[str, Any]] | None:
+    """Which loss it is, with all its options; None if it has others."""
+    given: Mapping[str, Any] = {}
+    if type(criterion) is partial:
+        if criterion.args:
+            return None
+        criterion, given = criterion.func, criterion.keywords
+    if isinstance(criterion, nn.Module):
+        if type(criterion) not in _MODULES or _altered(criterion):
+            return None
+        reader, attributes, arguments = _MODULES[type(criterion)]
+        options = {name: getattr(criterion, name) for name in attributes}
+        if set(given) - set(arguments):
+            return None
+    else:
+        found = [(reader, dict(defaults)) for f, reader, defaults in _FUNCTIONS if f is criterion]
+        if not found:
+            return None
+        reader, options = found[0]
+        if set(given) - set(options) - {"var"}:
+            return None
+    options.update(given)
+    return reader, options
+
+
+def _altered(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(len(getattr(module, name)) > 0 for name in hooks)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _over(x: Tensor, total: Tensor, nothing: Tensor) -> Tensor:
+    """x / total, and 0 where there is nothing, whatever the total."""
+    return torch.where(nothing, 0.0, x / torch.where(nothing, 1.0, total))
+
+
+def _categorical(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tokens | None:
+    """A target is a class, or a distribution over them; smoothing makes a class into one.
+
+    The terms of the loss are −Σ_c t_c w_c log p_c, with t the smoothed target and w the class weights: observations
+    of weight Σ t w with soft targets t w / Σ t w.
+    """
+    axis = min(logits.ndim - 1, 1)
+    if axis < 0 or not 0 <= label_smoothing <= 1:
+        return None
+    classes = logits.shape[axis]
+    soft = targets.shape == logits.shape
+    if soft != targets.is_floating_point() or (soft and ignore_index >= 0) or targets.dtype == torch.bool:
+        return None
+    if not soft and targets.shape != logits.shape[:axis] + logits.shape[axis + 1 :]:
+        return None
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    class_weights = torch.ones(classes, dtype=dtype, device=logits.device) if weight is None else weight.to(dtype)
+    along = class_weights.reshape([classes if i == axis else 1 for i in range(logits.ndim)])
+    if soft:
+        smoothed = (targets.to(dtype) * (1 - label_smoothing) + label_smoothing / classes) * along
+        counts = smoothed.sum(axis, keepdim=True)
+        weights = counts / (logits.numel() // classes) if reduction == "mean" else counts
+        return Tokens(logits, weights, _over(smoothed, counts, counts == 0))
+    counted = (targets != ignore_index).unsqueeze(axis)
+    labels = torch.where(counted, targets.long().unsqueeze(axis), 0)
+    own = torch.where(counted, 1.0 if weight is None else class_weights[labels], 0.0).to(dtype)
+    total, counts, final = own.sum(), own, labels
+    if label_smoothing > 0:
+        even = along * (label_smoothing / classes)
+        counts = torch.where(counted, own * (1 - label_smoothing) + even.sum(), 0.0)
+        smoothed = even.expand(logits.shape).scatter_add(axis, labels, own * (1 - label_smoothing))
+        final = _over(smoothed, counts, counts == 0)
+    return Tokens(logits, _over(counts, total, counts == 0) if reduction == "mean" else counts, final)
+
+
+def _gaussian(z: Tensor, y: Tensor, weights: Tensor, variance: Tensor) -> Entries:
+    def draw(generator: Generator) -> Tensor:
+        noise = torch.randn(z.shape, generator=generator, dtype=torch.float64, device=generator.device)
+        return z.detach() + variance.detach().sqrt() * noise.to(z)
+
+    return Entries(weights, y, 1 / variance, 1 / variance, lambda y: (z - y) / variance, draw)
+
+
+def _mean_or_sum(z: Tensor, reduction: str) -> Tensor:
+    """The weight of each entry."""
+    return torch.full((), 1 / max(z.numel(), 1) if reduction == "mean" else 1.0, dtype=z.dtype, device=z.device)
+
+
+def _mse(outputs: Tensor, targets: Tensor, *, reduction: str, weight: Tensor | None) -> Entries | None:
+    """(z − y)² is a Gaussian of variance ½."""
+    if targets.shape != outputs.shape or (weight is not None and weight.shape != outputs.shape):
+        return None
+    z, y = wide(outputs), targets.to(wide(outputs))
+    weights = _mean_or_sum(z, reduction)
+    if weight is not None:
+        weights = weight.to(z) / weight.to(z).sum() if reduction == "mean" else weight.to(z)
+    return _gaussian(z, y, weights, torch.full((), 0.5, dtype=z.dtype, device=z.device))
+
+
+def _gaussian_nll(
+    outputs: Tensor, targets: Tensor, *, var: Any = None, full: bool, eps: float, reduction: str
+) -> Entries | None:
+    """½ log v + (z − y)²/2v at given variances v: in the mean alone."""
+    z = wide(outputs)
+    if isinstance(var, float):
+        var = torch.full((), var, dtype=z.dtype, device=z.device)
+    elif not isinstance(var, Tensor):
+        return None
+    elif var.shape != z.shape:
+        var = var.unsqueeze(-1) if var.shape == z.shape[:-1] else var
+        if var.ndim != z.ndim or sum(b for a, b in zip(z.shape, var.shape, strict=True) if a != b) != 1:
+            return None
+    if targets.shape != z.shape:
+        return None
+    return _gaussian(z, targets.to(z), _mean_or_sum(z, reduction), var.to(z).clamp(min=eps))
+
+
+def _bernoulli(
+    outputs: Tensor, targets: Tensor, *, weight: Tensor | None, reduction: str, pos_weight: Tensor | None
+) -> Entries | None:
+    """−y log σ(z) − (1−y) log σ(−z); a positive weight q counts an observation 1 + (q−1) y times."""
+    if targets.shape != outputs.shape:
+        return None
+    if not all(w is None or _fits(w, outputs) for w in (weight, pos_weight)):
+        return None
+    z, y = wide(outputs), targets.to(wide(outputs))
+    weights = _mean_or_sum(z, reduction)
+    if weight is not None:
+        weights = weights * weight.to(z)
+    if pos_weight is not None:
+        times = 1 + (pos_weight.to(z) - 1) * y
+        weights, y = weights * times, _over(pos_weight.to(z) * y, times, times == 0)
+    p = torch.sigmoid(z)
+    spread = p * torch.sigmoid(-z)
+
+    def draw(generator: Generator) -> Tensor:
+        noise = torch.rand(z.shape, generator=generator, dtype=torch.float64, device=generator.device)
+        return (noise.to(z.device) < p.detach()).to(z)
+
+    return Entries(weights, y, spread, spread, lambda y: p - y, draw)
+
+
+def _fits(x: Tensor, like: Tensor) -> bool:
+    """Whether x is broadcast to the shape of `like`, and not the other way round."""
+    lead = like.ndim - x.ndim
+    return lead >= 0 and all(a in (1, b) for a, b in zip(x.shape, like.shape[lead:], strict=True))
+
+
+def _poisson(
+    outputs: Tensor, targets: Tensor, *, log_input: bool, full: bool, eps: float, reduction: str
+) -> Entries | None:
+    """Rate exp(z), or z + eps: z − y log(z + eps) differs from the negative log-likelihood of that by a constant."""
+    if targets.shape != outputs.shape:
+        return None
+    z, y = wide(outputs), targets.to(wide(outputs))
+    rate = z.exp() if log_input else z + eps
+
+    def draw(generator: Generator) -> Tensor:
+        return torch.poisson(rate.detach().to(generator.device), generator=generator).to(z)
+
+    weights = _mean_or_sum(z, reduction)
+    if log_input:
+        return Entries(weights, y, rate, rate, lambda y: rate - y, draw)
+    return Entries(weights, y, y / rate**2, 1 / rate, lambda y: 1 - y / rate, draw)
+
+
+_OLD = {"size_average": None, "reduce": None, "reduction": "mean"}
+_FUNCTIONS: tuple[tuple[Any, Reader, dict[str, Any]], ...] = (
+    (F.cross_entropy, _categorical, {**_OLD, "weight": None, "ignore_index": -100, "label_smoothing": 0.0}),
+    (F.mse_loss, _mse, {**_OLD, "weight": None}),
+    (F.binary_cross_entropy_with_logits, _bernoulli, {**_OLD, "weight": None, "pos_weight": None}),
+    (F.poisson_nll_loss, _poisson, {**_OLD, "log_input": True, "full": False, "eps": 1e-8}),
+    (F.gaussian_nll_loss, _gaussian_nll, {"full": False, "eps": 1e-6, "reduction": "mean"}),
+)
+# reader, attributes that are its options, arguments of a call beyond outputs and targets
+_MODULES: dict[type, tuple[Reader, tuple[str, ...], tuple[str, ...]]] = {
+    nn.CrossEntropyLoss: (_categorical, ("weight", "ignore_index", "reduction", "label_smoothing"), ()),
+    nn.MSELoss: (partial(_mse, weight=None), ("reduction",), ()),
+    nn.BCEWithLogitsLoss: (_bernoulli, ("weight", "pos_weight", "reduction"), ()),
+    nn.PoissonNLLLoss: (_poisson, ("log_input", "full", "eps", "reduction"), ()),
+    nn.GaussianNLLLoss: (_gaussian_nll, ("full", "eps", "reduction"), ("var",)),
+}
