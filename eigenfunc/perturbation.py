@@ -38,7 +38,7 @@ def values_at(problem: Problem, values: Tensor, rows: Stack, theta: Leaves) -> T
     whose first derivative is right; the second, which is not, is made NaN by the power 3/2 of zero.
     """
     if torch.compiler.is_compiling():
-        form = _dots(rows, problem.products(theta, rows))
+        form = tree.dots(rows, problem.products(theta, rows))
         change = form - form.detach()
         return values + change + torch.pow(change, 1.5)
     return _call(_Values(problem), values, *rows, *theta)[0]
