@@ -302,6 +302,8 @@ def test_a_looped_run_leaves_nothing_to_differentiate() -> None:
     found = run(lambda v: weights @ v, V, 3, backend="eager")
     assert not any(leaf.requires_grad for leaf in found)
     assert_same(tuple(found), tuple(eigenfunc.lanczos(lambda v: A @ v, V, 3)))
+    with pytest.raises(TransformError, match="lanczos"):
+        torch.func.grad(lambda c: run(lambda v: c * (A @ v), V, 3, compile=False).alphas.sum())(V[0])
 
 
 @pytest.mark.slow

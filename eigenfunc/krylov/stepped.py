@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import tree
+from eigenfunc import scope, tree
+from eigenfunc.errors import TransformError
 from eigenfunc.krylov import basis as vectors
 from eigenfunc.krylov.lanczos import MatVec, Tridiagonal
 from eigenfunc.tree import Tree
@@ -56,8 +57,11 @@ def run(
     """What `lanczos` returns, by a step that is compiled once for any number of steps.
 
     `matvec` must trace without graph breaks, as `hvp` does, and is compiled along with the rest; its vectors are in
-    the dtypes of `v0`. Writes in place and so is not differentiable: use `lanczos` there.
+    the dtypes of `v0`. Writes in place and so is constant to `backward()`; raises `TransformError` inside torch.func
+    transforms that differentiate, where `lanczos` serves.
     """
+    if scope.derivative_levels() > 0:
+        raise TransformError("run has no derivatives, because it writes in place: use eigenfunc.lanczos here")
     step: Callable[[MatVec, Tree, Tensor], Row] = advance
     room: AbstractContextManager[Any] = nullcontext()
     if compile:
