@@ -203,7 +203,7 @@ def number(f: Function, steps: int | None = None) -> Callable[[Params, Tensor, P
 
     def weighed(p: Params, x: Tensor, v: Params) -> Tensor:
         out = figures(f, steps)(p, x, v)
-        return (out * torch.linspace(1, 2, len(out)).to(out)).sum()
+        return (out * torch.linspace(1, 2, len(out), dtype=torch.float64).to(out)).sum()
 
     return weighed
 
