@@ -102,6 +102,11 @@ class Products:
         """The length of the error of a product with a unit vector, for an operator of norm `anorm`."""
         return 2 * max(max(self.eps, self.noise) * anorm, self.declared)
 
+    def explained(self, anorm: float) -> float:
+        """The departure from symmetry, relative to ‖A‖ = `anorm`, that rounding explains."""
+        explained = max(100 * self.eps, 20 * self.noise)
+        return explained + 20 * self.declared / anorm if anorm > 0 else explained
+
     def floor(self, anorm: float) -> float:
         """Residuals are not told apart below this, for an operator of norm `anorm`."""
         return max(self.aim(anorm), 8 * self.eps * anorm)
@@ -157,6 +162,20 @@ def seeded(seed: int | None) -> tuple[torch.Generator, int]:
     if seed is None:
         seed = generator.seed() % 2**31
     return generator.manual_seed(whole(seed, "seed", 0)), seed
+
+
+def unit_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
+    """b as a flat unit vector (1, n), and its length; zero where that is zero."""
+    tree.check_like(b, products.A.like, what)
+    flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach()[None], b), products.A.like)
+    largest = float(flat.abs().max())
+    if not math.isfinite(largest):
+        raise InputError(f"{what} holds NaN or infinity")
+    if largest == 0:
+        return flat, 0.0
+    flat = flat / largest
+    length = float(tree.norm(flat))
+    return flat / length, length * largest
 
 
 def start_block(v0: Tree | None, block_size: int, products: Products, generator: torch.Generator) -> Tensor:

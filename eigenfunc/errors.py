@@ -25,6 +25,10 @@ class DataError(InputError):
     """The data is empty, spent, impossible to weigh, or makes the loss non-finite."""
 
 
+class FileError(InputError):
+    """A saved result is missing, damaged or of a later format, or cannot be written."""
+
+
 class ProductError(EigenfuncError, RuntimeError):
     """No way of forming the matrix-vector product proves right on this model."""
 
@@ -38,7 +42,7 @@ class TransformError(EigenfuncError, RuntimeError):
 
 
 class NotConverged(EigenfuncError, RuntimeError):
-    """Not every requested eigenpair could be certified; `solution` holds what was found."""
+    """What was asked for was not reached: eigenpairs, a residual, an error; `solution` holds what was found."""
 
     def __init__(self, message: str, solution: Any) -> None:
         super().__init__(message)

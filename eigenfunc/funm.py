@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, non_finite, whole
+from eigenfunc.certificate import Products, non_finite, unit_vector, whole
 from eigenfunc.errors import InputError, NonFiniteError, NotConverged
 from eigenfunc.krylov import lanczos as kernel
-from eigenfunc.solve import unit_vector
 from eigenfunc.tree import Tree
 
 Function = Callable[[Tensor], Tensor]
@@ -25,8 +24,8 @@ class FunctionProduct:
     """f(A) v, approximately.
 
     value      shaped as v
-    error      estimate of ‖value − f(A) v‖: the change since three quarters of the steps, and what the rounding of
-               the products does to it; not a bound
+    error      estimate of ‖value − f(A) v‖: the change since half of the steps, and what the rounding of the products
+               does to it; as a rule far above the error, but no bound
     converged  error ≤ tol ‖value‖
     matvecs    products spent
     """
@@ -135,9 +134,9 @@ def evaluated(f: Function, theta: Tensor, noise: float, scale: float) -> Tensor:
 
 
 def _change(coefficients: Tensor, looks: list[Tensor]) -> float:
-    """The distance to the last result of at most three quarters of the steps, and three steps fewer at least."""
+    """The distance to the last result of at most half of the steps, and three steps fewer at least."""
     j = len(coefficients)
-    before = [look for look in looks if len(look) <= min(3 * j // 4, j - 3)]
+    before = [look for look in looks if len(look) <= min(j // 2, j - 3)]
     change = coefficients.clone()
     if before:
         change[: len(before[-1])] -= before[-1]

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, non_finite, whole
+from eigenfunc.certificate import Products, non_finite, unit_vector, whole
 from eigenfunc.errors import InputError, NonFiniteError, NotConverged
 from eigenfunc.krylov import conjugate, minres
-from eigenfunc.operator import aslinearoperator
 from eigenfunc.tree import Tree
 
 SolveMethod = Literal["cg", "minres"]
@@ -81,8 +80,9 @@ def solve(
     if not math.isfinite(shift):
         raise InputError(f"shift must be finite, got {shift!r}")
     spend = whole(max_matvecs, "max_matvecs", 2)
-    operator = aslinearoperator(A)
-    products = Products(operator.shift(shift) if shift else operator)
+    products = Products(A)
+    if shift:
+        products = Products(products.A.shift(shift))
     right, length = unit_vector(products, b, "b")
     with scope.full_precision(products.device), torch.no_grad():
         if length == 0:
@@ -94,20 +94,6 @@ def solve(
     if throw and not converged:
         raise NotConverged(f"residual {residual:.2g} ‖b‖ after {products.matvecs} products: {message}", solution)
     return solution
-
-
-def unit_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
-    """b as a flat unit vector (1, n), and its length; zero where that is zero."""
-    tree.check_like(b, products.A.like, what)
-    flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach()[None], b), products.A.like)
-    largest = float(flat.abs().max())
-    if not math.isfinite(largest):
-        raise InputError(f"{what} holds NaN or infinity")
-    if largest == 0:
-        return flat, 0.0
-    flat = flat / largest
-    length = float(tree.norm(flat))
-    return flat / length, length * largest
 
 
 def _refine(
@@ -165,27 +151,28 @@ def _cg(products: Products, b: Tensor, tol: float, stop: int) -> _Outcome:
 
 
 def _minres(products: Products, b: Tensor, tol: float, stop: int) -> _Outcome:
-    """Where b lies partly outside of the range, ‖A r‖/‖r‖ falls until rounding drives x off: the best x is kept."""
+    """Goes on until the rounding in A x is as large as the residual. Where b lies partly outside of the range, x grows
+    to that without bound; before, ‖A r‖/‖r‖ has all but vanished, and x at its least is the one to keep."""
     state = minres.init(b)
-    taken = best = 0
     x = before = state.x
-    least = then = math.inf
+    taken, least, then = 0, math.inf, math.inf
     while products.matvecs < stop:
         for _ in range(min(_cadence(taken), stop - products.matvecs)):
             before = state.x
             state = minres.step(state, _image(products, state.v))
             taken += 1
-        figures = torch.stack([state.rest.abs(), state.normal, state.anorm, tree.norm(state.v)])
-        rest, normal, anorm, alive = figures.tolist()
+        figures = [state.rest.abs(), state.normal, state.anorm, tree.norm(state.v), tree.norm(state.x)]
+        rest, normal, anorm, alive, size = torch.stack(figures).tolist()
         if not math.isfinite(rest):
             raise NonFiniteError(non_finite(products.matvecs))
         if rest <= tol:
-            return _Outcome(state.x, "")
+            break
         if alive == 0 or normal < least:
-            x, best, least, then = before, taken, normal, rest
-        vanished = least <= 10 * products.eps**0.5 * anorm
-        if alive == 0 or (vanished and taken > 2 * best + 10 and rest > 0.5 * then):
-            return _Outcome(x, _unsolvable(products, b - products(x), anorm))
+            x, least, then = before, normal, rest
+        if alive == 0 or products.eps * anorm * size >= rest:
+            if least <= 10 * products.eps**0.5 * anorm and rest > 0.5 * then:
+                return _Outcome(x, _unsolvable(products, b - products(x), anorm))
+            break
     return _Outcome(state.x, "")
 
 

@@ -20,6 +20,7 @@ from eigenfunc.errors import InputError, TreeError
 
 Tree: TypeAlias = Any
 Select: TypeAlias = Callable[[str], bool] | str | Sequence[str]
+By: TypeAlias = Callable[[str], str] | str | Sequence[str]
 
 _SLICE = 4_096  # entries of a float32 dot product before the partial sums go to float64
 _COLUMNS = 16_384  # entries of each vector that are held in float64 at a time: few enough for the cache
@@ -62,6 +63,13 @@ def _paths(tree: Tree) -> list[tuple[Any, ...]]:
     if _plain(tree):
         return [()] if isinstance(tree, Tensor) else [(i,) for i in range(len(tree))]
     return optree.tree_paths(tree)
+
+
+def filled_names(tree: Tree) -> list[str]:
+    """The same names in the order in which dicts were filled: that of the layers, for the parameters of a module."""
+    with optree.dict_insertion_ordered(True, namespace="eigenfunc"):
+        paths = optree.tree_paths(tree, namespace="eigenfunc")
+    return [".".join(str(key) for key in path) for path in paths]
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -269,10 +277,11 @@ def check_vector_space(like: Tree, what: str) -> None:
         raise TreeError(f"{what} lies on several devices ({', '.join(sorted(devices))}); move it to one")
 
 
-def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None:
+def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False, dtypes: bool = True) -> None:
     """Raise `TreeError` unless x matches `like` in structure, shapes, dtypes and devices.
 
-    With `stacked` every leaf of x carries one more leading axis, of the same length everywhere.
+    With `stacked` every leaf of x carries one more leading axis, of the same length everywhere. Without `dtypes` any
+    real floating-point dtype will do.
     """
     if not _alike(x, like):
         raise TreeError(f"{what} has structure {optree.tree_structure(x)}, expected {optree.tree_structure(like)}")
@@ -291,7 +300,7 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None
         if shape != ref.shape:
             wanted = ("p", *ref.shape) if stacked else tuple(ref.shape)
             raise TreeError(f"{where} has shape {tuple(leaf.shape)}, expected {wanted}")
-        if leaf.dtype != ref.dtype:
+        if leaf.dtype != ref.dtype and (dtypes or not leaf.is_floating_point()):
             raise TreeError(f"{where} has dtype {leaf.dtype}, expected {ref.dtype}; cast it yourself if that is meant")
         if leaf.device != ref.device:
             raise TreeError(f"{where} is on {leaf.device}, expected {ref.device}")
@@ -329,6 +338,39 @@ def chosen(all_names: Sequence[str], select: Select, what: str) -> list[str]:
     if not patterns:
         raise InputError(f"{what}: an empty selection; the names are {_some(all_names)}")
     return [name for name in all_names if any(matches(name, pattern) for pattern in patterns)]
+
+
+def grouped(tree: Tree, by: By, what: str) -> dict[str, list[str]]:
+    """The names of the leaves by group, groups and names in the order in which dicts were filled.
+
+    `by` is "module", which groups by the dotted prefix before the last name ("" where there is none; what belongs to a
+    parametrisation of torch counts as its module's own); "parameter", each leaf by itself; a function from a name to
+    the name of its group; or a list of selections as `chosen` takes them, a group each, where leaves that none selects
+    are left out.
+
+    Raises `InputError` for anything else, and where a selection selects nothing.
+    """
+    all_names = filled_names(tree)
+    if isinstance(by, str) and by not in _GROUPS:
+        raise InputError(f"{what} must be 'module', 'parameter', a function or a list of patterns, got {by!r}")
+    if not isinstance(by, str) and not callable(by):
+        return {pattern: chosen(all_names, pattern, what) for pattern in by}
+    group = _GROUPS[by] if isinstance(by, str) else by
+    found: dict[str, list[str]] = {}
+    for name in all_names:
+        key = group(name)
+        if not isinstance(key, str):
+            raise InputError(f"{what}: the function gives a {type(key).__name__} for '{name}', not the name of a group")
+        found.setdefault(key, []).append(name)
+    return found
+
+
+def _module(name: str) -> str:
+    owner = name.rpartition(".")[0]
+    return f".{owner}.".partition(".parametrizations.")[0].strip(".")
+
+
+_GROUPS: dict[str, Callable[[str], str]] = {"module": _module, "parameter": lambda name: name}
 
 
 def _some(all_names: Sequence[str]) -> str:

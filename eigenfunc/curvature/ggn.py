@@ -88,13 +88,13 @@ def ggnvp(objective: Any, params: Tree, batch: Any, v: Tree) -> Tree:
 
 
 def _of(criterion: Callable[[Any, Any], Tensor]) -> OutputMap:
-    """The Hessian of the criterion as an output map; leaves of the outputs that are no floats are constants."""
+    """The Hessian of the criterion as an output map; outputs that are no floats are constants."""
 
     def output_map(outputs: Tree, targets: Any) -> Callable[[Tree], Tree]:
         live, whole = floating(outputs)
-        if len(live) == len(tree.leaves(outputs)):
+        if isinstance(targets, Tensor) and len(live) == len(tree.leaves(outputs)):
             return output_hessian(criterion, outputs, targets, overwrite=True)
-        product = output_hessian(lambda zs, targets: criterion(whole(zs), targets), live, targets)
+        product = output_hessian(lambda zs, targets: criterion(whole(zs), fresh(targets)), live, targets)
         return lambda u: whole(product(floating(u)[0]))
 
     return output_map
@@ -106,8 +106,9 @@ def _confirm(criterion: Callable[[Any, Any], Tensor], outputs: Tree, targets: An
     Of a cross-entropy with many logits the first rows bear witness for all, because its derivatives take several times
     the memory of a training step. Raises `ObjectiveError` for a criterion that draws random numbers.
     """
-    if isinstance(likelihood(criterion, outputs, targets), Tokens) and outputs.numel() > 4 * CHUNK:
-        count = max(4 * CHUNK // outputs[0].numel(), 1)
+    known = likelihood(criterion, outputs, targets)
+    if isinstance(known, Tokens) and outputs.ndim > 1 and outputs.numel() > 2 * CHUNK:
+        count = CHUNK // outputs[0].numel() + 1  # more than are handled at once
         outputs, targets = outputs[:count], targets[:count]
     zs, whole = floating(outputs)
     scope.reseed(0, zs[0].device)

@@ -6,15 +6,16 @@ The weight holds all that only says how often an observation counts: the reducti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-Draw = Callable[[Generator], Tensor]
+Noise = np.random.Generator  # rather than torch's, whose numbers transforms would not let pass
 
 CHUNK = 2**21  # entries that are handled at once where a whole array of them would be large
 
@@ -64,7 +65,7 @@ class Entries(NamedTuple):
     curvature    ∂²ℓ/∂z² at the targets
     information  E (∂ℓ/∂z)² over targets drawn from the likelihood
     score        targets -> ∂ℓ/∂z
-    draw         generator -> targets drawn from the likelihood, constants
+    draw         targets from the likelihood: constants, and functions of noise that does not depend on the outputs
     """
 
     weights: Tensor
@@ -72,7 +73,7 @@ class Entries(NamedTuple):
     curvature: Tensor
     information: Tensor
     score: Callable[[Tensor], Tensor]
-    draw: Draw
+    draw: Callable[[Noise], Tensor]
 
 
 Likelihood = Tokens | Entries
@@ -130,6 +131,11 @@ def _altered(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(len(getattr(module, name)) > 0 for name in hooks)
 
 
+def levels(noise: Noise, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Uniform on [0, 1), in float64."""
+    return torch.from_numpy(np.asarray(noise.random(tuple(shape)))).to(device)
+
+
 def wide(x: Tensor) -> Tensor:
     """Half precision in float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -184,9 +190,10 @@ def _categorical(
 
 
 def _gaussian(z: Tensor, y: Tensor, weights: Tensor, variance: Tensor) -> Entries:
-    def draw(generator: Generator) -> Tensor:
-        noise = torch.randn(z.shape, generator=generator, dtype=torch.float64, device=generator.device)
-        return z.detach() + variance.detach().sqrt() * noise.to(z)
+    def draw(noise: Noise) -> Tensor:
+        return z.detach() + variance.detach().sqrt() * torch.from_numpy(
+            np.asarray(noise.standard_normal(tuple(z.shape)))
+        ).to(z)
 
     return Entries(weights, y, 1 / variance, 1 / variance, lambda y: (z - y) / variance, draw)
 
@@ -216,10 +223,10 @@ def _gaussian_nll(
         var = torch.full((), var, dtype=z.dtype, device=z.device)
     elif not isinstance(var, Tensor):
         return None
-    elif var.shape != z.shape:
-        var = var.unsqueeze(-1) if var.shape == z.shape[:-1] else var
-        if var.ndim != z.ndim or sum(b for a, b in zip(z.shape, var.shape, strict=True) if a != b) != 1:
-            return None
+    elif var.shape == z.shape[:-1] != z.shape:
+        var = var.unsqueeze(-1)
+    elif var.ndim != z.ndim or sum(a != b for a, b in zip(z.shape, var.shape, strict=True)) > 1 or not _fits(var, z):
+        return None
     if targets.shape != z.shape:
         return None
     return _gaussian(z, targets.to(z), _mean_or_sum(z, reduction), var.to(z).clamp(min=eps))
@@ -243,9 +250,8 @@ def _bernoulli(
     p = torch.sigmoid(z)
     spread = p * torch.sigmoid(-z)
 
-    def draw(generator: Generator) -> Tensor:
-        noise = torch.rand(z.shape, generator=generator, dtype=torch.float64, device=generator.device)
-        return (noise.to(z.device) < p.detach()).to(z)
+    def draw(noise: Noise) -> Tensor:
+        return (levels(noise, z.shape, z.device) < p.detach()).to(z)
 
     return Entries(weights, y, spread, spread, lambda y: p - y, draw)
 
@@ -254,6 +260,19 @@ def _fits(x: Tensor, like: Tensor) -> bool:
     """Whether x is broadcast to the shape of `like`, and not the other way round."""
     lead = like.ndim - x.ndim
     return lead >= 0 and all(a in (1, b) for a, b in zip(x.shape, like.shape[lead:], strict=True))
+
+
+def _counts(level: Tensor, rate: Tensor) -> Tensor:
+    """The least k with P(count ≤ k) > level, by bisection; the distribution function is an incomplete gamma."""
+    low, high = torch.full_like(rate, -1), (rate + 20 * rate.sqrt() + 60).ceil()
+    for _ in range(_BISECTIONS):
+        middle = ((low + high) / 2).ceil()  # below high until that is next to low
+        enough = torch.special.gammaincc(middle + 1, rate) > level
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return high
+
+
+_BISECTIONS = 32  # for rates up to 10^16
 
 
 def _poisson(
@@ -265,8 +284,8 @@ def _poisson(
     z, y = wide(outputs), targets.to(wide(outputs))
     rate = z.exp() if log_input else z + eps
 
-    def draw(generator: Generator) -> Tensor:
-        return torch.poisson(rate.detach().to(generator.device), generator=generator).to(z)
+    def draw(noise: Noise) -> Tensor:
+        return _counts(levels(noise, z.shape, z.device), rate.detach().double()).to(z)
 
     weights = _mean_or_sum(z, reduction)
     if log_input:

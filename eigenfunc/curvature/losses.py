@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.curvature.likelihoods import CHUNK, Entries, Tokens, likelihood, wide
+from eigenfunc.curvature.likelihoods import CHUNK, Entries, Noise, Tokens, levels, likelihood, wide
 from eigenfunc.curvature.mends import Traceable, mended
 from eigenfunc.curvature.products import forward_ad, scalar
 from eigenfunc.errors import InputError, ObjectiveError
@@ -45,8 +45,8 @@ def output_hessian(criterion: Criterion, outputs: Tree, targets: Any, *, overwri
     (2002).
     """
     known = likelihood(criterion, outputs, targets)
-    if isinstance(known, Tokens):
-        return _by_rows(_spread, known, overwrite)
+    if isinstance(known, Tokens):  # of which the Hessian needs no targets: soft ones take as much memory as the logits
+        return _by_rows(_spread, known._replace(targets=known.weights), overwrite)
     if isinstance(known, Entries):
         return _diagonal(known.weights * known.curvature)
     return _differentiated(criterion, outputs, targets)
@@ -59,7 +59,7 @@ def output_fisher(
     kind: Kind = "exact",
     *,
     num_samples: int = 1,
-    generator: Generator | None = None,
+    noise: Noise | None = None,
     overwrite: bool = False,
 ) -> Map:
     """u ↦ M u with the Fisher matrix of the likelihood behind the criterion, in output space.
@@ -68,20 +68,21 @@ def output_fisher(
     reduction. With g_t the gradient of ℓ_t by the outputs,
 
         exact        M = Σ w_t E g_t g_tᵀ over targets drawn from the model's own distribution
-        monte-carlo  the same, with the mean of `num_samples` draws from the `generator` for the expectation
+        monte-carlo  the same, with the mean over `num_samples` draws, made from `noise`, for the expectation
         empirical    the same, at the targets of the data
 
     A term of a cross-entropy is one token or pixel, whose class is drawn from softmax(outputs); a soft or smoothed
-    target τ has g = softmax(outputs) − τ in `empirical`. For the other losses a term is a sample: all outputs beyond
-    axis 0 together. Weights, whether of classes, samples or positives, count how often something is observed, and so
-    enter once; where the entries of one term have different weights, each enters by its root.
+    target τ has g = softmax(outputs) − τ in `empirical`. (Whole sequences as terms, with the sums of these gradients,
+    would have the same expectation, and another empirical matrix.) For the other losses a term is a sample: all
+    outputs beyond axis 0 together. Weights, whether of classes, samples or positives, count how often something is
+    observed, and so enter once; where the entries of one term have different weights, each enters by its root.
 
     MSELoss is the likelihood of a Gaussian of variance ½ about each output, so w_t = 1 for a sum; its mean, over
     samples and entries alike, has w_t = 1/(number of outputs), and the exact M is 2/(number of outputs) times the
     identity. All kinds scale as the loss does. The exact one is `output_hessian`, other than for `PoissonNLLLoss` with
     log_input=False. Draws count as constants to derivatives.
 
-    Raises `InputError` for an unknown kind, a `num_samples` below 1, or a Monte-Carlo estimate without a generator;
+    Raises `InputError` for an unknown kind, a `num_samples` below 1, or a Monte-Carlo estimate without noise;
     `ObjectiveError` for a criterion that is not known to be a likelihood.
     J. Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020); F. Kunstner, L. Balles
     and P. Hennig, Limitations of the empirical Fisher approximation, NeurIPS 2019.
@@ -103,11 +104,11 @@ def output_fisher(
         if isinstance(known, Tokens):
             return _by_rows(_squares, known, overwrite)
         return _outer(known.weights, [known.score(known.targets)])
-    if generator is None:
-        raise InputError("a Monte-Carlo estimate needs a generator to draw from")
+    if noise is None:
+        raise InputError("a Monte-Carlo estimate needs noise to draw from: numpy.random.default_rng(seed)")
     if isinstance(known, Tokens):
-        return _by_rows(_squares, known._replace(targets=_drawn(known, num_samples, generator)), overwrite)
-    return _outer(known.weights, [known.score(known.draw(generator)) for _ in range(num_samples)])
+        return _by_rows(_squares, known._replace(targets=_drawn(known, num_samples, noise)), overwrite)
+    return _outer(known.weights, [known.score(known.draw(noise)) for _ in range(num_samples)])
 
 
 def check_kind(kind: str, num_samples: int) -> None:
@@ -188,23 +189,23 @@ def _composing(*tensors: Tensor) -> bool:
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
-def _drawn(tokens: Tokens, num_samples: int, generator: Generator) -> Tensor:
+def _drawn(tokens: Tokens, num_samples: int, noise: Noise) -> Tensor:
     """Classes drawn from softmax(logits) by inverting its distribution function, `num_samples` on their axis."""
     logits, axis = tokens.logits.detach(), tokens.axis
     shape = [num_samples if i == axis else length for i, length in enumerate(logits.shape)]
-    noise = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).to(logits.device)
+    level = levels(noise, shape, logits.device)
 
-    def classes(z: Tensor, noise: Tensor) -> Tensor:
+    def classes(z: Tensor, level: Tensor) -> Tensor:
         rising = torch.softmax(z.double(), axis).movedim(axis, -1).cumsum(-1)
-        levels = noise.movedim(axis, -1) * rising[..., -1:]
-        found = torch.searchsorted(rising, levels.contiguous(), right=True)
+        sought = level.movedim(axis, -1) * rising[..., -1:]
+        found = torch.searchsorted(rising.contiguous(), sought.contiguous(), right=True)
         return found.clamp(max=z.shape[axis] - 1).movedim(-1, axis)
 
     if logits.numel() <= CHUNK or _composing(logits):
-        return classes(logits, noise)
+        return classes(logits, level)
     out = torch.empty(shape, dtype=torch.long, device=logits.device)
     for where in tokens.parts():
-        out[where] = classes(logits[where], noise[where])
+        out[where] = classes(logits[where], level[where])
     return out
 
 
@@ -214,15 +215,12 @@ def _diagonal(entries: Tensor) -> TensorMap:
 
 def _outer(weights: Tensor, slopes: list[Tensor]) -> TensorMap:
     """The mean over slopes g of Σ (√w g)(√w g)ᵀ, with one summand for each entry of axis 0."""
-    roots = [weights.sqrt() * slope for slope in slopes]
-    axes = tuple(range(1, roots[0].ndim))
+    shape = slopes[0].shape
+    roots = torch.stack([(weights.sqrt() * g).reshape(*shape[:1] or (1,), -1) for g in slopes])
 
     def product(u: Tensor) -> Tensor:
-        v = u.to(roots[0].dtype)
-        total = torch.zeros_like(v)
-        for g in roots:
-            total = total + g * ((g * v).sum(axes, keepdim=True) if axes else g * v)
-        return (total / len(roots)).to(u.dtype)
+        along = torch.einsum("snk,nk->sn", roots, u.to(roots.dtype).reshape(roots.shape[1:]))
+        return (torch.einsum("snk,sn->nk", roots, along) / len(slopes)).reshape(shape).to(u.dtype)
 
     return product
 

@@ -23,7 +23,7 @@ from eigenfunc.curvature.proof import Proof, check_mends, disagreement, prove, t
 from eigenfunc.curvature.sweep import Prepare, Sweep, budget_for, seconds
 from eigenfunc.data import Batches, Reader, as_batches, average
 from eigenfunc.errors import CompileWarning, InputError, ObjectiveError
-from eigenfunc.operator import LinearOperator, MatVec
+from eigenfunc.operator import LinearOperator, MatVec, Part
 from eigenfunc.tree import Tree
 
 _KEPT = "graph"  # the way whose work between products can be kept
@@ -34,8 +34,9 @@ class Matrix(NamedTuple, Generic[F]):
 
     loss        (params, batch) -> (), which is tried out on the data before the first product
     bind        (batch, params, seed) -> f, what the ways take: functions of the list of leaves of the parameters
-    ways        "graph", whose work is kept, and "jvp", which is compiled, among them
+    ways        "graph", whose work is kept, among them
     pure        (params, batch, v, seed) -> product, for use inside of transforms; called as in `pure_name`
+    traced      the way that is compiled, which runs the model once
     on_request  ways that are taken only if asked for, and then without proof
     noise       the largest error so far of a product with a unit vector, where more than rounding is known of
     confirm     (f, point, what the mends met): further proof, under the mends; raises `ProductError`
@@ -46,6 +47,7 @@ class Matrix(NamedTuple, Generic[F]):
     ways: Ways[F]
     pure: Callable[[Tree, Any, Tree, int | None], Tree]
     pure_name: str
+    traced: str
     on_request: Mapping[str, Way[F]] = {}
     noise: Callable[[], float] = float
     confirm: Callable[[F, Sequence[Tensor], Seen], None] | None = None
@@ -149,11 +151,17 @@ class _SetUp(NamedTuple, Generic[F]):
             current()
             return sweep.matmat(vs)
 
+        def principal(parts: Sequence[Part]) -> list[list[Tensor]]:
+            current()
+            return sweep.principal(parts)
+
         def describe() -> str:
             error = f", off by at most {matrix.noise():.0e} for unit vectors so far" if asked else ""
             return f"{prefix}{error}; {sweep.describe()}{figures}"
 
-        return LinearOperator(matvec, point, matmat, sweep.minibatches, describe, matrix.noise, sweep.block_ratio)
+        return LinearOperator(
+            matvec, point, matmat, sweep.minibatches, describe, matrix.noise, sweep.block_ratio, principal
+        )
 
     def _formed(self, way: str, batch: Any, seed: int, leaves: Sequence[Tensor]) -> Product:
         f = self.matrix.bind(batch, self.point, seed)
@@ -182,7 +190,7 @@ class _SetUp(NamedTuple, Generic[F]):
 
     def _compiled(self, way: str, index: int, batch: Any, seen: Seen) -> Prepare | None:
         """Compiled products, or None where that fails or disagrees with the eager product of the first batch."""
-        maker = Compiled(partial(self._formed, "jvp"), self.point)
+        maker = Compiled(partial(self._formed, self.matrix.traced), self.point)
         refs, names = tree.leaves(self.point), tree.names(self.point)
         generator = torch.Generator().manual_seed(2)
         v = [tree.randn(x, generator) for x in refs]

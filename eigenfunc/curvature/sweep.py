@@ -17,9 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature.mends import mended
-from eigenfunc.curvature.products import Product
+from eigenfunc.curvature.products import Product, embedded
 from eigenfunc.data import Reader, average
-from eigenfunc.operator import MatVec
+from eigenfunc.operator import MatVec, Part
 from eigenfunc.tree import Tree
 
 Prepare = Callable[[int, Any], Product]  # index of the batch, batch -> its product
@@ -50,6 +50,7 @@ class Sweep:
         self.largest_bytes = 0
         self._point = point
         self._rebuild = tree.flatten(point)[1]
+        self._narrow: dict[tuple[tuple[int, ...], bool], bool] = {}  # (leaves, kept) -> their own product proves right
 
     def keep(self, prepare: Prepare, budget: int, *, in_order: bool) -> None:
         """Keep the graphs of the first batches, as many as fit into `budget` bytes.
@@ -93,9 +94,12 @@ class Sweep:
 
     def total(self, use: Callable[[Product], Sequence[Tensor]]) -> Tree:
         """The weighted mean, or sum, of `use(product)` over the batches."""
+        return self._rebuild(self._mean(use))
+
+    def _mean(self, use: Callable[[Product], Sequence[Tensor]]) -> list[Tensor]:
         with self._scope():
             mean = average(((w, partial(_used, use, make)) for w, make in self.parts()), self.reader.batches.reduction)
-        return self._rebuild(_distinct(mean))
+        return _distinct(mean)
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
@@ -115,6 +119,34 @@ class Sweep:
         if self.chunk is None and flat[0].shape[0] > 1:
             self.chunk = self._best_chunk(flat)
         return self.total(lambda product: self._in_chunks(product, flat))
+
+    def principal(self, parts: Sequence[Part]) -> list[list[Tensor]]:
+        """As `LinearOperator.principal`: the batches are read, and their graphs made, once for all parts."""
+
+        held = {id(kept.product) for kept in self.kept.values()}
+
+        def use(product: Product) -> list[Tensor]:
+            kept = id(product) in held
+            return [x for chosen, vs in parts for x in self._in_chunks(self._within(product, chosen, kept), vs)]
+
+        images = iter(self._mean(use))
+        return [[next(images) for _ in chosen] for chosen, _ in parts]
+
+    def _within(self, product: Product, chosen: tuple[int, ...], kept: bool) -> Product:
+        """The product of some leaves by themselves where there is one that agrees, once, with the whole product."""
+        whole = embedded(product, tree.leaves(self._point), chosen)
+        if product.within is None:
+            return whole
+        key = chosen, kept
+        if key not in self._narrow:
+            generator = torch.Generator().manual_seed(3)
+            v = [tree.randn(tree.leaves(self._point)[i], generator) for i in chosen]
+            expected = whole.single(v)
+            try:
+                self._narrow[key] = _close(product.within(chosen).single(v), expected)
+            except Exception:  # user code and torch raise whatever they like
+                self._narrow[key] = False
+        return product.within(chosen) if self._narrow[key] else whole
 
     def block_ratio(self) -> float:
         """Seconds of a block of eight products with the first batch over those of eight single ones, each with its
@@ -193,7 +225,9 @@ class Sweep:
             size, count = tree.gibibytes(self.kept_bytes), len(self.kept)
             which = "all batches" if self.complete else f"the first {count}, and no others,"
             kept = f"graphs of {which} kept ({size})"
-        return kept + ("" if self.chunk is None else f", vectors {self.chunk} at once")
+        whole = sum(not own for own in self._narrow.values())
+        blocks = f", {whole} blocks by whole products" if whole else ""
+        return kept + ("" if self.chunk is None else f", vectors {self.chunk} at once") + blocks
 
 
 def seconds(f: Callable[[], Any], device: torch.device) -> float:

@@ -1,1 +1,1 @@
-"""Traces, diagonals and norms from random probes, each with an honest standard error."""
+"""Estimates from random probes, each with the error that it can have."""

@@ -31,7 +31,7 @@ def diagonal(A: Any, *, num_matvecs: int, method: DiagonalMethod = "xdiag", seed
                  exactly; the error of an entry is the length of the rest of its row over √(num_matvecs − 2); memory
                  for three vectors and a block of probes. "xdiag": takes large eigenvalues out first, as
                  `trace` does (E. Epperly, J. Tropp and R. Webber, SIAM J. Matrix Anal. Appl. 45, 2024); memory for
-                 1.5 `num_matvecs` vectors, work of order n num_matvecs³
+                 about 2 `num_matvecs` vectors, work of order n num_matvecs³
     seed         of the probes; default: a fresh one, told in the estimate
 
     Raises as `trace` does.

@@ -1,4 +1,9 @@
-"""Traces of functions of A: Lanczos quadrature for random probes."""
+"""Traces of functions of A: Lanczos quadrature for random probes.
+
+log(x + delta) and x/(x + delta) have derivatives of alternating sign, so that Gauss's rule lies above the integral and
+Radau's, with a node left of the spectrum, below (G. Golub and G. Meurant, Matrices, Moments and Quadrature with
+Applications, 2010, ch. 6): m steps give a bracket for each probe, and not merely a guess of the error.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +24,7 @@ from eigenfunc.stochastic.estimate import Estimate, spread
 from eigenfunc.stochastic.probes import blocks, budget, grain, multiplied, sphere, units
 
 Function = Callable[[Tensor], Tensor]
-Check = Callable[[float, float], None]  # of the smallest Ritz value and its rounding error
-
-_LEAST = 4  # steps of which half are worth comparing with
+Check = Callable[[float, float], float]  # smallest Ritz value, its rounding error -> lower end of the spectrum
 
 
 def logdet(
@@ -33,25 +36,27 @@ def logdet(
     delta       in units of A; A + delta I has to be positive definite
     num_probes  vectors on the sphere, whose samples make the standard error; from n on there are n, and nothing is
                 random
-    num_steps   of Lanczos with full reorthogonalisation for each probe; the change since half of them, no smaller
-                as a rule than the error of the quadrature, is part of the standard error
+    num_steps   of Lanczos with full reorthogonalisation for each probe; half the width of the bracket that they
+                leave is part of the standard error
     seed        of the probes; default: a fresh one, told in the estimate
 
     Memory: num_steps vectors for each probe of a block, 32 at most and about 2²⁶ entries.
 
-    Raises `InputError` where a Ritz value of A + delta I is not positive, which shows that the matrix is not
-    positive definite (that none does proves nothing); else as `trace` does.
+    Raises `InputError` where a Ritz value of A + delta I is not positive, which shows that the matrix is not positive
+    definite; that none does proves nothing. Where delta > 0 and no Ritz value of A is negative, the bracket takes A
+    for semidefinite. Else as `trace` does.
 
     S. Ubaru, J. Chen and Y. Saad, SIAM J. Matrix Anal. Appl. 38 (2017).
     """
     delta = _number(delta, "delta")
 
-    def check(smallest: float, noise: float) -> None:
-        if smallest + delta <= noise:
+    def check(smallest: float, noise: float) -> float:
+        if smallest + delta <= 2 * noise:
             raise InputError(
                 f"A + delta I has the Ritz value {smallest + delta:.6g} ≤ 0 within rounding, so it is not positive "
                 f"definite: delta has to be over {-smallest:.6g}, which is the smallest value of A seen, negated"
             )
+        return 0.0 if delta > 0 and smallest >= -noise else noise - delta
 
     return _trace_of(A, lambda x: torch.log(x + delta), check, num_probes, num_steps, seed)
 
@@ -71,12 +76,13 @@ def effective_dimension(
     if delta <= 0:
         raise InputError(f"delta must be positive, got {delta!r}: without it the effective dimension is the rank")
 
-    def check(smallest: float, noise: float) -> None:
+    def check(smallest: float, noise: float) -> float:
         if smallest < -noise:
             raise InputError(
                 f"A has the Ritz value {smallest:.6g} < 0, so it is not positive semidefinite and has no effective "
                 "dimension: use a GGN or Fisher matrix, or add at least that much to A (A.shift)"
             )
+        return 0.0
 
     return _trace_of(A, lambda x: x.clamp_min(0.0) / (x.clamp_min(0.0) + delta), check, num_probes, num_steps, seed)
 
@@ -92,21 +98,23 @@ def _trace_of(A: Any, f: Function, check: Check, num_probes: int, num_steps: int
     products = Products(A)
     n = products.size
     count = budget(num_probes, 2, n, "num_probes")
-    steps = min(whole(num_steps, "num_steps", _LEAST), n)
+    steps = min(whole(num_steps, "num_steps", 1), n)
     generator, seed = seeded(seed)
     found = []
     with scope.full_precision(products.device), torch.no_grad():
         for start, size in blocks(count, products, room=steps + 1):
             drawn = units(start, size, products) if count == n else sphere(size, products, generator) / math.sqrt(n)
             state = _chains(products, drawn, steps)
-            noise = grain(products) * float(state.anorm.max()) + products.declared
-            whole_rule, half = _rule(state, steps), _rule(state, max(steps // 2, 1))
-            check(float(whole_rule.nodes.min()) * products.scale, noise * products.scale)
-            moved = whole_rule._replace(nodes=whole_rule.nodes + noise)
-            found.append(torch.stack([_integral(f, rule, products.scale) for rule in (whole_rule, half, moved)]))
-    samples, shorter, moved_samples = n * torch.cat(found, dim=1)
-    quadrature = 0.0 if steps == n else float((samples - shorter).mean())
-    rounding = float((samples - moved_samples).abs().mean()) + grain(products) * float(samples.abs().mean())
+            noise = max(grain(products) * float(state.anorm.max()) + products.declared, 1e-300)
+            upper = _gauss(state, steps)
+            smallest = float(upper.nodes.min())
+            left = check(smallest * products.scale, noise * products.scale) / products.scale
+            lower = _radau(state, steps, min(left, smallest - noise))
+            moved = upper._replace(nodes=upper.nodes + noise)
+            found.append(torch.stack([_integral(f, rule, products.scale) for rule in (upper, lower, moved)]))
+    above, below, moved_samples = n * torch.cat(found, dim=1)
+    samples, quadrature = (above + below) / 2, float((above - below).mean()) / 2
+    rounding = float((above - moved_samples).abs().mean()) + grain(products) * float(samples.abs().mean())
     variance, dof = (0.0, math.inf) if count == n else (float(spread(samples)), count - 1.0)
     stderr = math.sqrt(variance + quadrature**2 + rounding**2)
     return Estimate(float(samples.mean()), stderr, dof, products.matvecs, seed)
@@ -128,11 +136,26 @@ def _chains(products: Products, starts: Tensor, steps: int) -> kernel.State:
     return state
 
 
-def _rule(state: kernel.State, steps: int) -> Quadrature:
+def _gauss(state: kernel.State, steps: int) -> Quadrature:
     t = state.t[:, :steps, :steps].cpu()
+    return _jacobi_rule(t, state.alive[:, :steps].cpu())
+
+
+def _radau(state: kernel.State, steps: int, left: float) -> Quadrature:
+    """The rule of one node more, at `left`, below all others. G. Golub, SIAM Rev. 15 (1973)."""
+    t = state.t[:, : steps + 1, : steps + 1].cpu().clone()
+    inner, coupling = t[:, :steps, :steps], t[:, steps, steps - 1]
+    alive = state.alive[:, : steps + 1].cpu()
+    identity = torch.eye(steps, dtype=t.dtype)
+    shifted = inner - left * identity + torch.diag_embed((1 - alive[:, :steps]) * (left + 1))
+    last = torch.linalg.solve(shifted, coupling[:, None] ** 2 * identity[-1])
+    t[:, steps, steps] = left + last[:, -1]
+    return _jacobi_rule(t, alive)
+
+
+def _jacobi_rule(t: Tensor, alive: Tensor) -> Quadrature:
     alphas, couplings = torch.diagonal(t, dim1=1, dim2=2), torch.diagonal(t, offset=-1, dim1=1, dim2=2)
-    betas = torch.cat([couplings, torch.zeros_like(alphas[:, :1])], dim=1)
-    return gauss(alphas, betas, state.alive[:, :steps].cpu() > 0)
+    return gauss(alphas, torch.cat([couplings, torch.zeros_like(alphas[:, :1])], dim=1), alive > 0)
 
 
 def _integral(f: Function, rule: Quadrature, scale: float) -> Tensor:

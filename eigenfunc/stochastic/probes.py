@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from eigenfunc import tree
 from eigenfunc.certificate import Products, non_finite, whole
@@ -25,23 +25,33 @@ def budget(given: Any, least: int, n: int, what: str = "num_matvecs") -> int:
     return min(count, n)
 
 
-def normal(count: int, products: Products, generator: torch.Generator) -> Tensor:
+def normal(count: int, products: Products, generator: Generator) -> Tensor:
     """Independent standard normal entries (count, n)."""
-    drawn = torch.randn(count, products.size, generator=generator, dtype=torch.float64)
-    return drawn.to(products.device, products.dtype)
+    return _drawn(count, products, lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64))
 
 
-def sphere(count: int, products: Products, generator: torch.Generator) -> Tensor:
+def sphere(count: int, products: Products, generator: Generator) -> Tensor:
     """Vectors (count, n) of length √n, uniform in direction."""
-    drawn = torch.randn(count, products.size, generator=generator, dtype=torch.float64)
-    drawn *= math.sqrt(products.size) / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
-    return drawn.to(products.device, products.dtype)
+
+    def draw(shape: tuple[int, int]) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x *= math.sqrt(products.size) / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return x
+
+    return _drawn(count, products, draw)
 
 
-def signs(count: int, products: Products, generator: torch.Generator) -> Tensor:
+def signs(count: int, products: Products, generator: Generator) -> Tensor:
     """Entries ±1 (count, n)."""
-    drawn = torch.randint(0, 2, (count, products.size), generator=generator)
-    return (2 * drawn - 1).to(products.device, products.dtype)
+    return _drawn(count, products, lambda shape: 2 * torch.randint(0, 2, shape, generator=generator) - 1)
+
+
+def _drawn(count: int, products: Products, draw: Callable[[tuple[int, int]], Tensor]) -> Tensor:
+    """Drawn on the CPU, so that seeds carry over devices, and a block at a time, for their dtype is a wide one."""
+    out = torch.empty(count, products.size, dtype=products.dtype, device=products.device)
+    for start, size in blocks(count, products):
+        out[start : start + size] = draw((size, products.size))
+    return out
 
 
 def units(start: int, count: int, products: Products) -> Tensor:
@@ -68,7 +78,10 @@ def multiplied(products: Products, block: Tensor) -> Tensor:
 
 def all_multiplied(products: Products, rows: Tensor) -> Tensor:
     """As `multiplied`, for any number of rows."""
-    return torch.cat([multiplied(products, rows[start : start + size]) for start, size in blocks(len(rows), products)])
+    out = torch.empty_like(rows)
+    for start, size in blocks(len(rows), products):
+        out[start : start + size] = multiplied(products, rows[start : start + size])
+    return out
 
 
 def grain(products: Products) -> float:

@@ -28,8 +28,8 @@ def trace(A: Any, *, num_matvecs: int, method: TraceMethod = "xtrace", seed: int
     num_matvecs  products to spend; from n on the result is exact, by n of them
     method       "xtrace": the error falls as fast as the eigenvalues do, and is at most about √2 times Hutchinson's
                  where they do not (Epperly, Tropp and Webber, SIAM J. Matrix Anal. Appl. 45, 2024); memory for
-                 1.5 `num_matvecs` vectors. "hutch++": likewise, with simpler samples and errors up to two or more
-                 times as large (R. Meyer, C. Musco, C. Musco and D. Woodruff, SOSA 2021); 2/3 `num_matvecs` vectors.
+                 about 2 `num_matvecs` vectors. "hutch++": likewise, with simpler samples and errors up to two or more
+                 times as large (R. Meyer, C. Musco, C. Musco and D. Woodruff, SOSA 2021); 4/3 `num_matvecs`.
                  "hutchinson": error √2 ‖A‖_F/√num_matvecs at most (M. F. Hutchinson, Commun. Stat. Simul. Comput. 19,
                  1990), memory for a block of probes, 32 at most and 2²⁶ entries
     seed         of the probes; default: a fresh one, told in the estimate
@@ -91,8 +91,7 @@ def _hutchinson(products: Products, count: int, generator: Generator) -> tuple[T
 
 def _hutchpp(products: Products, count: int, generator: Generator) -> tuple[Tensor, float, float]:
     """A third of the products finds Q, a third is spent on tr Qᵀ A Q, a third on samples of the rest."""
-    sketched = all_multiplied(products, sphere(count // 3, products, generator))
-    q = torch.linalg.qr(sketched.mT)[0].mT.contiguous()
+    q = torch.linalg.qr(all_multiplied(products, sphere(count // 3, products, generator)).mT)[0].mT.contiguous()
     images = all_multiplied(products, q)
     found = tree.dots(q, images)
     samples, rounding = _forms(products, count - 2 * len(q), generator, q)
@@ -118,7 +117,7 @@ def frobenius_norm(A: Any, *, num_matvecs: int, seed: int | None = None) -> Esti
 
     The square is estimated without bias, by the idea of XTrace: ‖A P_i‖² for the projection P_i onto the images of
     all probes but one, and a sample of ‖A (1 − P_i)‖² by that one. The error of the root is that of the square over
-    2‖A‖_F; its bias is a small part of it. Memory for 1.5 `num_matvecs` vectors. Raises as `trace` does.
+    2‖A‖_F; its bias is a small part of it. Memory for about 2 `num_matvecs` vectors. Raises as `trace` does.
     """
     products = Products(A)
     n = products.size
