@@ -14,10 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, stack_module_state, vmap
 
-from eigenfunc import functional_loss, hvp, lanczos, power, sharpness, top_eigenpairs, tree
-from eigenfunc.curvature.ggn import ggnvp
-from eigenfunc.krylov.probes import trace_probes
-from eigenfunc.krylov.quadrature import quadrature
+from eigenfunc import (
+    fishervp,
+    functional_loss,
+    ggnvp,
+    hvp,
+    lanczos,
+    power,
+    quadrature,
+    sharpness,
+    top_eigenpairs,
+    trace_probes,
+    tree,
+)
 from tests.helpers import Params, dense_hessian, random_like
 
 PAGE = Path(__file__).parent.parent / "docs" / "composition.md"
@@ -77,7 +86,8 @@ REFUSED = {
 
 def function(call: str, truth: Callable[..., Tensor], steps: int = 1) -> Callable[[Any], Any]:
     def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        FUNCTIONS[call.partition("(")[0]] = Function(call, run, truth, steps)
+        name = call.partition("(")[0]
+        FUNCTIONS[name if name not in FUNCTIONS else call] = Function(call, run, truth, steps)
         return run
 
     return register
@@ -104,6 +114,12 @@ def gauss_newton(params: Params, x: Tensor) -> Tensor:
     return torch.einsum("bip,bij,bjq->pq", J, H, J)
 
 
+def empirical_fisher(params: Params, x: Tensor) -> Tensor:
+    rows = [grad(lambda p, i=i: LOSS(p, (x[i : i + 1], Y[i : i + 1])))(params) for i in range(len(x))]
+    slopes = torch.stack([flat(row) for row in rows])
+    return slopes.mT @ slopes / len(x)
+
+
 def curved(params: Params, x: Tensor) -> Callable[[Params], Params]:
     return lambda v: hvp(LOSS, params, (x, Y), v)
 
@@ -120,6 +136,16 @@ def _(steps: int, p: Params, x: Tensor, v: Params) -> Tensor:
 @function("ggnvp(objective, params, batch, v)", lambda steps, p, x, v: gauss_newton(p, x) @ flat(v))
 def _(steps: int, p: Params, x: Tensor, v: Params) -> Tensor:
     return flat(ggnvp(LOSS, p, (x, Y), v))
+
+
+@function("fishervp(objective, params, batch, v)", lambda steps, p, x, v: gauss_newton(p, x) @ flat(v))
+def _(steps: int, p: Params, x: Tensor, v: Params) -> Tensor:
+    return flat(fishervp(LOSS, p, (x, Y), v))
+
+
+@function('fishervp(…, "empirical")', lambda steps, p, x, v: empirical_fisher(p, x) @ flat(v))
+def _(steps: int, p: Params, x: Tensor, v: Params) -> Tensor:
+    return flat(fishervp(LOSS, p, (x, Y), v, "empirical"))
 
 
 def dense_lanczos(steps: int, p: Params, x: Tensor, v: Params) -> Tensor:
@@ -325,49 +351,25 @@ def _(f: Function) -> tuple[Any, Any]:
     return figures(f)(*tree.tree_map(Tensor.float, POINT)).double(), figures(f)(*POINT)
 
 
-def document() -> str:
+def table() -> str:
     reasons = list(dict.fromkeys(REFUSED.values()))
-    lines = [HEAD, "", "| | " + " | ".join(TRANSFORMS) + " |", "|---" * (len(TRANSFORMS) + 1) + "|"]
+    lines = ["| | " + " | ".join(TRANSFORMS) + " |", "|---" * (len(TRANSFORMS) + 1) + "|"]
     for name, f in FUNCTIONS.items():
         cells = []
         for t in TRANSFORMS.values():
             reason = REFUSED.get((name, t.name))
-            cells.append(
-                f"{t.tolerance:.0e}".replace("e-0", "e-")
-                if reason is None
-                else f"refused ({reasons.index(reason) + 1})"
-            )
+            allowed = f"{t.tolerance:.0e}".replace("e-0", "e-")
+            cells.append(allowed if reason is None else f"refused ({reasons.index(reason) + 1})")
         lines.append(f"| `{f.call}` | " + " | ".join(cells) + " |")
-    lines += ["", *(f"({i}) `TransformError`: {reason}." for i, reason in enumerate(reasons, 1))]
-    lines += ["", "## What a column compares", "", *(f"- **{t.name}**: {t.meaning}" for t in TRANSFORMS.values())]
-    return "\n".join([*lines, "", FOOT, ""])
+    lines += ["", *(f"({i}) `TransformError`: {reason}." for i, reason in enumerate(reasons, 1)), ""]
+    return "\n".join(lines + [f"- **{t.name}**: {t.meaning}" for t in TRANSFORMS.values()])
 
 
-HEAD = """# What composes with what
-
-The pure functions of eigenfunc under the transforms of `torch.func` and under `torch.compile`. A cell holds the
-difference that `tests/test_composition.py` allows between the two sides of its comparison, relative to the largest
-entry, in double precision but for the last column. `python -m tests.composition` writes this page from the registry
-that the tests run over: a small tanh network with cross-entropy, differentiated by its parameters, its inputs and the
-start vector (or probe) together."""
-
-FOOT = """## Limits
-
-- Solvers and estimators (`eigsh`, `lobpcg`, `trace`, …) read values, so no transform goes through them: inside one they
-  raise `TransformError`, and name the pure function to take. `hessian` and `ggn` may be called there.
-- `eigenfunc.krylov.run` compiles one step and writes in place: it raises `TransformError` where it would be
-  differentiated by `torch.func`, and its results are constants to `backward()`. `lanczos` is the one to differentiate.
-- `top_eigenpairs` and `sharpness` have the derivatives of the exact pairs, whatever the iterations did, so the start
-  vector has none, and they are as good as the pairs: look at the residuals. Tensors that the loss closes over are
-  constants to `backward()`, and `TransformError` to `torch.func`: pass them in the batch.
-- `lanczos`, `power` and `quadrature` have the derivatives of their own steps. At a breakdown (the Krylov space is
-  exhausted) those of `lanczos` are not defined; those of `quadrature` are.
-- `torch.compile` is for `fullgraph=True`: a loss that breaks the graph (prints, reads values) raises `TransformError`
-  inside a product. A loss that draws random numbers moves the global random state there.
-- Of `sharpness` the compiler gets the first derivative, by what the loss closes over too. A second one is refused where
-  `torch.func` asks for it, and NaN where `backward()` does. Errors raised while the compiler traces arrive inside its
-  own `Unsupported`, which quotes them."""
+def renewed(page: str) -> str:
+    """The page with what lies between its marks written anew."""
+    begin, end = "<!-- by python -m tests.composition -->\n", "\n<!-- end -->"
+    return page.partition(begin)[0] + begin + table() + end + page.partition(end)[2]
 
 
 if __name__ == "__main__":
-    PAGE.write_text(document())
+    PAGE.write_text(renewed(PAGE.read_text()))
