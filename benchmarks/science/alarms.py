@@ -52,7 +52,9 @@ def planned() -> list[Run]:
     def add(kind: str, optimiser: str, factor: float) -> None:
         low, high = OPTIMISERS[optimiser]
         rate = math.exp(draw.uniform(math.log(low), math.log(high)))
-        found.append(Run(optimiser, rate, draw.choice((16, 64, 256)), kind, factor, draw.randrange(60, 140), len(found)))
+        found.append(
+            Run(optimiser, rate, draw.choice((16, 64, 256)), kind, factor, draw.randrange(60, 140), len(found))
+        )
 
     for optimiser in OPTIMISERS:
         for _ in range(8):
@@ -110,7 +112,9 @@ def record(run: Run) -> Json:
     w = NET.start(run.seed).requires_grad_()
     optimiser = optimiser_of(run, w)
     batches = drawn(data, run.batch, run.seed)
-    series: dict[str, list[float]] = {k: [] for k in ("loss", "held", "grad", "rate", "top", "residual", "reach", "batch")}
+    series: dict[str, list[float]] = {
+        k: [] for k in ("loss", "held", "grad", "rate", "top", "residual", "reach", "batch")
+    }
     v, kept = random_vector(w, run.seed), next(batches)
     scale = torch.ones_like(w)
     for step in range(STEPS):

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.science.setting import SEEDS, Json, Problem, cached, drawn, first, of_classes, slope
 from eigenfunc import Solution, eigsh, ggn, hessian
-from eigenfunc.canvas import DOWN, GRID, OPEN, UP
 from eigenfunc.overlap import gradient_overlap, subspace_overlap
 from eigenfunc.stochastic.density import Density, spectral_density
 

@@ -1,0 +1,206 @@
+"""Monitors on recorded runs: scores at every step, thresholds tuned on half of the healthy runs, what is caught.
+
+A monitor gives a score for every step and alarms where it first exceeds its threshold. A healthy run with an alarm is a
+false alarm. A fault in the rate counts if it doubled the loss on the fixed samples, and as caught if the first alarm
+came at the fault or after it, but before the loss had doubled.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.science.alarms import DATA, FACTORS, HARMLESS, LIMITS, OPTIMISERS
+from benchmarks.science.setting import Json
+
+_WINDOW, _QUIET = 30, 20  # steps that a z-score looks back; steps at the start in which none is given
+_TARGET = 0.05  # false alarms on the runs that are tuned on
+Scores = list[float]
+
+
+def _z(series: Sequence[float]) -> Scores:
+    """Robust z-scores of the logarithms against the last steps: median and median absolute deviation."""
+    logs = [math.log(max(x, 1e-12)) if x == x and x != math.inf else math.nan for x in series]
+    found = []
+    for t, x in enumerate(logs):
+        past = [y for y in logs[max(0, t - _WINDOW) : t] if y == y]
+        if t < _QUIET or not past:
+            found.append(-math.inf)
+            continue
+        middle = statistics.median(past)
+        spread = 1.4826 * statistics.median([abs(y - middle) for y in past]) + 0.02
+        found.append((x - middle) / spread if x == x else math.inf)
+    return found
+
+
+def _known(values: Sequence[float]) -> Scores:
+    return [x if x == x else -math.inf for x in values]
+
+
+def loss_z(s: Json) -> Scores:
+    return _z(s["loss"])
+
+
+def held_z(s: Json) -> Scores:
+    return _z(s["held"])
+
+
+def gradient_z(s: Json) -> Scores:
+    return _z(s["grad"])
+
+
+def top_z(s: Json) -> Scores:
+    return _z(s["top"])
+
+
+def changed(s: Json) -> Scores:
+    rates = s["rate"]
+    return [0.0] + [float(b != a) for a, b in zip(rates[:-1], rates[1:], strict=True)]
+
+
+def rose(s: Json) -> Scores:
+    """The factor by which the rate is above the largest of the last ten steps."""
+    rates = s["rate"]
+    return [1.0] + [rates[t] / max(rates[max(0, t - 10) : t]) for t in range(1, len(rates))]
+
+
+def ratio(s: Json) -> Scores:
+    """The last λ₁ against the limit at the current rate."""
+    limit = LIMITS[s["run"]["optimiser"]]
+    return _known([a * b / limit for a, b in zip(s["top"], s["rate"], strict=True)])
+
+
+def reach(s: Json) -> Scores:
+    """½ λ₁ ‖Δ‖² over the loss, for the update Δ just made: how far its curvature may have raised the loss."""
+    return _known([a * b / (2 * max(c, 1e-12)) for a, b, c in zip(s["top"], s["reach"], s["held"], strict=True)])
+
+
+def repeated(s: Json) -> Scores:
+    """How many of the last five batches were there before within five steps."""
+    found = []
+    for t in range(len(s["batch"])):
+        recent = s["batch"][max(0, t - 5) : t + 1]
+        found.append(float(len(recent) - len(set(recent))))
+    return found
+
+
+@dataclass(frozen=True)
+class Monitor:
+    score: Callable[[Json], Scores]
+    threshold: float | None = None  # None: tuned
+    each: bool = False  # tuned for each optimiser by itself
+
+
+MONITORS = {
+    "loss of the batch, z-score": Monitor(loss_z),
+    "loss on fixed samples, z-score": Monitor(held_z),
+    "gradient norm, z-score": Monitor(gradient_z),
+    "the rate changed": Monitor(changed, 0.5),
+    "the rate rose by a factor": Monitor(rose),
+    "the same, each optimiser": Monitor(rose, each=True),
+    "λ₁, z-score": Monitor(top_z),
+    "λ₁ over the limit > 1, untuned": Monitor(ratio, 1.0),
+    "λ₁ over the limit": Monitor(ratio),
+    "λ₁ over the limit, each optimiser": Monitor(ratio, each=True),
+    "½ λ₁‖Δ‖² over the loss": Monitor(reach),
+    "½ λ₁‖Δ‖² over the loss, each optimiser": Monitor(reach, each=True),
+    "a batch came twice": Monitor(repeated, 0.5),
+}
+
+
+def doubled(s: Json) -> int | None:
+    """The step at which the loss on the fixed samples is first over twice that at the change."""
+    at, held = s["run"]["at"], s["held"]
+    return next((t for t in range(at + 1, len(held)) if not held[t] <= 2 * held[at]), None)
+
+
+def first_alarm(scores: Scores, threshold: float) -> int | None:
+    return next((t for t, x in enumerate(scores) if x > threshold), None)
+
+
+def tuned(peaks: Sequence[float], target: float = _TARGET) -> float:
+    """The smallest threshold that at most that share of the peaks exceeds."""
+    ranked = sorted(peaks, reverse=True)
+    return ranked[int(target * len(ranked))]
+
+
+def halves(records: Sequence[Json]) -> tuple[list[Json], list[Json]]:
+    """The healthy runs, split at random within each optimiser and kind: to tune on, and to test on."""
+    groups: dict[tuple[str, str], list[Json]] = {}
+    for s in records:
+        groups.setdefault((s["run"]["optimiser"], s["run"]["kind"]), []).append(s)
+    draw, tune, test = random.Random(1), [], []
+    for group in groups.values():
+        draw.shuffle(group)
+        middle = len(group) // 2
+        tune += group[:middle]
+        test += group[middle:]
+    return tune, test
+
+
+def thresholds(monitor: Monitor, tune: Sequence[Json]) -> dict[str, float]:
+    if monitor.threshold is not None:
+        return dict.fromkeys(OPTIMISERS, monitor.threshold)
+    peaks = {name: [max(monitor.score(s)) for s in tune if s["run"]["optimiser"] == name] for name in OPTIMISERS}
+    if monitor.each:
+        return {name: tuned(some) for name, some in peaks.items()}
+    return dict.fromkeys(OPTIMISERS, tuned([x for some in peaks.values() for x in some]))
+
+
+def sound(records: Sequence[Json]) -> list[Json]:
+    """The healthy runs: without a fault, and after whose change of rate the loss did not double."""
+    return [s for s in records if s["run"]["kind"] in HARMLESS and doubled(s) is None]
+
+
+def outcome(monitor: Monitor, records: Sequence[Json]) -> Json:
+    """What a monitor does on all runs, as counts: [alarms, runs]."""
+    tune, test = halves(sound(records))
+    limits = thresholds(monitor, tune)
+    alarm = {id(s): first_alarm(monitor.score(s), limits[s["run"]["optimiser"]]) for s in records}
+
+    def alarmed(some: Sequence[Json]) -> list[int]:
+        return [sum(alarm[id(s)] is not None for s in some), len(some)]
+
+    def caught(some: Sequence[Json]) -> list[int]:
+        spans = [(s["run"]["at"], alarm[id(s)], doubled(s)) for s in some]
+        return [sum(t is not None and end is not None and at <= t < end for at, t, end in spans), len(spans)]
+
+    def late(some: Sequence[Json]) -> tuple[int, int, float | None]:
+        delays = [t - s["run"]["at"] for s in some if (t := alarm[id(s)]) is not None and t >= s["run"]["at"]]
+        return len(delays), len(some), statistics.median(delays) if delays else None
+
+    jumps = [s for s in records if s["run"]["kind"] == "jump"]
+    harmful = [s for s in jumps if doubled(s) is not None]
+    return {
+        "thresholds": limits,
+        "false": alarmed(test),
+        "false of all": alarmed(tune + test),
+        "false by kind": {kind: alarmed([s for s in test if s["run"]["kind"] == kind]) for kind in HARMLESS},
+        "caught": caught(harmful),
+        **{name: caught([s for s in harmful if s["run"]["optimiser"] == name]) for name in OPTIMISERS},
+        "by factor": {str(f): caught([s for s in harmful if s["run"]["factor"] == f]) for f in FACTORS},
+        "other jumps": alarmed([s for s in jumps if doubled(s) is None]),
+        **{kind: late([s for s in records if s["run"]["kind"] == kind]) for kind in DATA},
+    }
+
+
+def outcomes(records: Sequence[Json]) -> Json:
+    return {name: outcome(monitor, records) for name, monitor in MONITORS.items()}
+
+
+def numbers(records: Sequence[Json]) -> Json:
+    """How many runs of which sort there are."""
+    jumps = [s for s in records if s["run"]["kind"] == "jump"]
+    return {
+        "healthy": len(sound(records)),
+        "meant as harmless, but the loss doubled": sum(s["run"]["kind"] in HARMLESS for s in records)
+        - len(sound(records)),
+        "jumps": len(jumps),
+        "jumps that doubled the loss": sum(doubled(s) is not None for s in jumps),
+        "of these in one step": sum(doubled(s) == s["run"]["at"] + 1 for s in jumps),
+        "faults in the data": sum(s["run"]["kind"] in DATA for s in records),
+        "residual of the last λ₁, median": statistics.median(x for s in records for x in s["residual"]),
+    }

@@ -1,0 +1,150 @@
+"""The tables of docs/science.md, and the figures in them as plain numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.science import edge
+from benchmarks.science.alarms import DATA, HARMLESS
+from benchmarks.science.rules import OPTIMISERS
+from benchmarks.science.setting import Json
+from eigenfunc.stochastic.density import Density
+
+
+def _span(values: list[float], digits: str = ".2f") -> str:
+    low, high = (format(end, digits) for end in (min(values), max(values)))
+    return low if low == high else f"{low} – {high}"
+
+
+def counts(found: Json) -> str:
+    lines = [
+        "| loss, classes | expected | Hessian: snapshots with exactly that | Gauss–Newton | λ_k/λ_k+1 there | overlap |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, runs in found["counts"].items():
+        rows = [row for run in runs for row in run["rows"]]
+        right = [sum(row[key] == row["expected"] for row in rows) for key in ("hessian", "ggn")]
+        lines.append(
+            f"| {name.replace('ce', 'cross-entropy').replace('mse', 'squared error')} | {rows[0]['expected']} | "
+            f"{right[0]} of {len(rows)} | {right[1]} of {len(rows)} | {_span([row['gap'] for row in rows], '.1f')} | "
+            f"{_span([row['overlap'] for row in rows], '.3f')} |"
+        )
+    return "\n".join(lines)
+
+
+def shares(found: Json) -> str:
+    lines = ["| step | full gradient | gradient of a batch of 64 | random vector |", "|---|---|---|---|"]
+    for rows in zip(*(run["rows"] for run in found["shares"]), strict=True):
+        cells = [
+            _span([row[key] for row in rows], d) for key, d in (("full", ".3f"), ("batch", ".2f"), ("random", ".4f"))
+        ]
+        lines.append(f"| {rows[0]['step']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def norms(found: Json) -> str:
+    lines = ["| loss first below | λ₁ without | λ₁ with | ratio | λ₁/λ₁₁ without | with |", "|---|---|---|---|---|---|"]
+    for i, level in enumerate((0.2, 0.1)):
+        off = [run["without"][i]["values"] for run in found["norms"]]
+        on = [run["with"][i]["values"] for run in found["norms"]]
+        cells = [
+            _span([v[0] for v in off], ".1f"), _span([v[0] for v in on], ".1f"),
+            _span([a[0] / b[0] for a, b in zip(off, on, strict=True)], ".1f"),
+            *(_span([v[0] / v[10] for v in some], ".1f") for some in (off, on)),
+        ]  # fmt: skip
+        lines.append(f"| {level} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bulk(density: Density) -> Json:
+    """How many eigenvalues are small beside the smallest outlier, with the band of the estimate."""
+    edge = float(density.values.min())
+    found: Json = {"n": density.n, "outliers": density.values.tolist()}
+    for part in (0.1, 0.01):
+        share, band = density.cdf([-part * edge, part * edge])
+        found[f"within {part}"] = [
+            float(share[1] - share[0]),
+            float(band[0, 1] - band[1, 0]),
+            float(band[1, 1] - band[0, 0]),
+        ]
+    return found
+
+
+def bulk_words(told: Json) -> str:
+    low, high = min(told["outliers"]), max(told["outliers"])
+    parts = [
+        f"{share:.1%} (95%: {a:.1%} – {min(b, 1):.1%}) within ±{part} of the smallest outlier"
+        for part in (0.1, 0.01)
+        for share, a, b in [told[f"within {part}"]]
+    ]
+    return f"Of {told['n']:,} eigenvalues {len(told['outliers'])} are outliers, {low:.2f} to {high:.2f}; {'; '.join(parts)}."
+
+
+def _of(pair: list[int]) -> str:
+    return f"{pair[0]} of {pair[1]}"
+
+
+def alarms(told: Json) -> str:
+    heads = ["monitor", "threshold", "false alarms, unseen runs", *OPTIMISERS, "all caught", "×10", "×30", "×100"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name, row in told.items():
+        limits = list(row["thresholds"].values())
+        limit = f"{limits[0]:.2g}" if len(set(limits)) == 1 else ", ".join(f"{x:.2g}" for x in limits)
+        caught = f"**{row['caught'][0] / row['caught'][1]:.0%}** ({_of(row['caught'])})"
+        cells = [f"{row['false'][0] / row['false'][1]:.1%} ({_of(row['false'])})", *(_of(row[o]) for o in OPTIMISERS)]
+        lines.append("| " + " | ".join([name, limit, *cells, caught, *map(_of, row["by factor"].values())]) + " |")
+    return "\n".join(lines)
+
+
+def kinds(told: Json) -> str:
+    """False alarms on the unseen healthy runs, by what was harmless about them."""
+    lines = [f"| monitor | {' | '.join(HARMLESS)} | jumps that did no harm |", "|" + "---|" * (2 + len(HARMLESS))]
+    for name, row in told.items():
+        cells = [*map(_of, row["false by kind"].values()), _of(row["other jumps"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def faults(told: Json) -> str:
+    lines = [f"| monitor | {' | '.join(DATA)} |", "|" + "---|" * (1 + len(DATA))]
+    for name, row in told.items():
+        cells = [
+            f"{seen} of {number}" + (f", after {delay:g}" if delay is not None else "")
+            for seen, number, delay in (row[kind] for kind in DATA)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def runs(told: Json) -> str:
+    words = [
+        f"{name}: {number:.1g}" if isinstance(number, float) else f"{name}: {number}" for name, number in told.items()
+    ]
+    return "; ".join(words) + "."
+
+
+def blocks(told: Json) -> dict[str, str]:
+    """All generated parts of the page, by name."""
+    return {
+        "edge": edge.table(told["edge"]),
+        "counts": counts(told["outliers"]),
+        "shares": shares(told["outliers"]),
+        "norms": norms(told["outliers"]),
+        "bulk": bulk_words(told["bulk"]),
+        "runs": runs(told["runs"]),
+        "alarms": alarms(told["alarms"]),
+        "kinds": kinds(told["alarms"]),
+        "faults": faults(told["alarms"]),
+    }
+
+
+def fill(path: Path, blocks: dict[str, str]) -> None:
+    """Put each block between its marks, <!-- name --> and <!-- end -->, in the page."""
+    page = path.read_text()
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page, number = pattern.subn(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", page)
+        if number != 1:
+            raise ValueError(f"{path} has {number} blocks called {name}")
+    path.write_text(page)
