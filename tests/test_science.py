@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -18,7 +19,6 @@ from eigenfunc import eigsh, functional_loss
 from tests.helpers import dense_hessian
 
 DOCS = Path(__file__).parent.parent / "docs"
-BASE = {"step": [0], "loss": [1.0], "held": [1.0]}
 
 
 def check_edge(told: dict[str, Any], start: float, late: tuple[float, float], fall: float) -> None:
@@ -75,7 +75,7 @@ def _spans(problem: Problem) -> list[tuple[int, int]]:
     ends = [0]
     for shape in problem.shapes:
         ends.append(ends[-1] + math.prod(shape))
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def test_a_few_steps_from_an_old_vector_find_the_top() -> None:
@@ -83,7 +83,8 @@ def test_a_few_steps_from_an_old_vector_find_the_top() -> None:
     batch = first(80)[0], first(80)[1] % 4
     w = problem.start(0)
     A = curvature(problem, w, batch)
-    truth = torch.linalg.eigvalsh(dense_hessian(lambda p: problem(p["w"], batch), {"w": w.double()}.copy()))[-1]
+    exactly = batch[0].double(), batch[1]
+    truth = torch.linalg.eigvalsh(dense_hessian(lambda p: problem(p["w"], exactly), {"w": w.double()}))[-1]
     exact = eigsh(A, 1, which="LA", tol=1e-5, seed=0)
     assert float(exact.values[0]) == pytest.approx(float(truth), rel=1e-4)
     found = top(A, exact.vectors[0] + 0.02 * random_vector(w, 3) / math.sqrt(len(w)))

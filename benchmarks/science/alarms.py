@@ -130,7 +130,7 @@ def record(run: Run) -> Json:
             if run.optimiser == "Adam" and step:
                 scale = adam_preconditioner(optimiser, w)
             found = top(A.precondition(scale) if run.optimiser == "Adam" else A, v, 4 if step else 12)
-            if math.isfinite(found.value):
+            if math.isfinite(found.value) and found.value != 0:  # as it is where all units are saturated
                 v = found.vector
         before = w.detach().clone()
         w.grad = g

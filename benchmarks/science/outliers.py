@@ -94,7 +94,7 @@ def count(loss: str, classes: int, seed: int, number: int | None = None) -> Json
 
 
 def shares(seed: int, steps: tuple[int, ...] = SHARE_STEPS) -> Json:
-    """The part of the gradient in the span of the ten top eigenvectors, of a mini-batch gradient, of a random vector."""
+    """How much of the gradient, of batch gradients and of a random vector the ten top eigenvectors span."""
     problem, rate = classifier("ce", 10)
     data = first(1797)
     batches, rows = drawn(data, 64, 50 + seed), []
@@ -126,7 +126,7 @@ def norms(seed: int) -> Json:
 
 
 def density(seed: int = 0) -> tuple[Density, Density]:
-    """The spectrum of the ten-class network at its second snapshot, with C − 1 outliers deflated, and within the bulk."""
+    """The spectrum at the second snapshot for ten classes, nine outliers known: as it is drawn, and as it came."""
     problem, rate = classifier("ce", 10)
     data = first(1797)
     _, _, w = list(at_levels(problem, rate, data, 64, seed, levels("ce", 10)[:2]))[-1]

@@ -101,7 +101,8 @@ def alarms(records: Sequence[Json], outcomes: Json, path: Path) -> None:
     _bars(outcomes, left)
     example = next(
         s for s in records
-        if s["run"]["kind"] == "jump" and (end := rules.doubled(s)) and end - s["run"]["at"] >= 3 and s["run"]["factor"] == 10
+        if s["run"]["kind"] == "jump" and s["run"]["factor"] == 10
+        and (end := rules.doubled(s)) and end - s["run"]["at"] >= 3
     )  # fmt: skip
     at, end = example["run"]["at"], rules.doubled(example)
     span = range(max(0, at - 40), min(len(example["held"]), at + 40))

@@ -7,6 +7,7 @@ came at the fault or after it, but before the loss had doubled.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -58,7 +59,7 @@ def top_z(s: Json) -> Scores:
 
 def changed(s: Json) -> Scores:
     rates = s["rate"]
-    return [0.0] + [float(b != a) for a, b in zip(rates[:-1], rates[1:], strict=True)]
+    return [0.0] + [float(b != a) for a, b in itertools.pairwise(rates)]
 
 
 def rose(s: Json) -> Scores:

@@ -124,7 +124,8 @@ def top(A: LinearOperator, v: Tensor, num_steps: int = 4) -> Top:
     off = found.betas[:-1]
     values, s = torch.linalg.eigh(torch.diag(found.alphas) + torch.diag(off, 1) + torch.diag(off, -1))
     value = float(values[-1])
-    return Top(value, float((found.betas[-1] * s[-1, -1]).abs()) / abs(value), s[:, -1].to(found.basis) @ found.basis)
+    residual = float((found.betas[-1] * s[-1, -1]).abs()) / max(abs(value), 1e-30)
+    return Top(value, residual, s[:, -1].to(found.basis) @ found.basis)
 
 
 def curvature(problem: Problem, w: Tensor, batch: tuple[Tensor, Tensor]) -> LinearOperator:

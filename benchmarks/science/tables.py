@@ -19,7 +19,7 @@ def _span(values: list[float], digits: str = ".2f") -> str:
 
 def counts(found: Json) -> str:
     lines = [
-        "| loss, classes | expected | Hessian: snapshots with exactly that | Gauss–Newton | λ_k/λ_k+1 there | overlap |",
+        "| loss, classes | expected | Hessian has exactly that | Gauss–Newton | λ_k/λ_k+1 there | overlap |",
         "|---|---|---|---|---|---|",
     ]
     for name, runs in found["counts"].items():
@@ -78,7 +78,8 @@ def bulk_words(told: Json) -> str:
         for part in (0.1, 0.01)
         for share, a, b in [told[f"within {part}"]]
     ]
-    return f"Of {told['n']:,} eigenvalues {len(told['outliers'])} are outliers, {low:.2f} to {high:.2f}; {'; '.join(parts)}."
+    first = f"Of {told['n']:,} eigenvalues {len(told['outliers'])} are outliers, {low:.2f} to {high:.2f}"
+    return "; ".join([first, *parts]) + "."
 
 
 def _of(pair: list[int]) -> str:
