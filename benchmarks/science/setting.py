@@ -119,9 +119,11 @@ class Top(NamedTuple):
 
 
 def top(A: LinearOperator, v: Tensor, num_steps: int = 4) -> Top:
-    """The largest eigenvalue by a few Lanczos steps from an earlier eigenvector."""
+    """The largest eigenvalue by a few Lanczos steps from an earlier eigenvector; NaN where products overflow."""
     found = lanczos(A.matvec, v, num_steps)
     off = found.betas[:-1]
+    if not bool(torch.isfinite(found.alphas.sum() + found.betas.sum())):
+        return Top(math.nan, math.nan, v)
     values, s = torch.linalg.eigh(torch.diag(found.alphas) + torch.diag(off, 1) + torch.diag(off, -1))
     value = float(values[-1])
     residual = float((found.betas[-1] * s[-1, -1]).abs()) / max(abs(value), 1e-30)
