@@ -199,7 +199,7 @@ def test_kept_and_remade_graphs_are_both_held_against_the_whole(monkeypatch: pyt
         return product._replace(single=lambda v: [1.01 * x for x in product.single(v)])
 
     monkeypatch.setattr(products, "_narrowed", lying)
-    monkeypatch.setattr("eigenfunc.curvature.hessian._fastest", lambda *_: ("jvp", 0.0))
+    monkeypatch.setattr("eigenfunc.curvature.setup._fastest", lambda *_: ("jvp", 0.0))
     A = hessian(loss, params, Batches(CUT), cache=budget)
     assert "the first 1, and no others, kept" in A.describe()
     index = torch.tensor([i for i, name in enumerate(owners(params)) if name.startswith("last")])
