@@ -120,7 +120,6 @@ def test_scores_and_thresholds() -> None:
     assert rules.loss_z({"loss": [*steady, math.nan]})[60] == math.inf
     assert rules.rose({"rate": [1.0, 1.0, 3.0, 3.0]}) == [1, 1, 3, 1]
     assert rules.changed({"rate": [1.0, 1.0, 3.0]}) == [0, 0, 1]
-    assert rules.repeated({"batch": [1, 2, 3, 1, 1]}) == [0, 0, 0, 1, 2]
     assert rules.first_alarm([0.0, 2.0, 3.0], 1.0) == 1
     assert rules.first_alarm([0.0, 1.0], 1.0) is None
     peaks = [float(i) for i in range(100)]

@@ -18,12 +18,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.science.setting import Json, Problem, cached, curvature, drawn, first, random_vector, slope, top
+from eigenfunc.alerts import stability_limit
 from eigenfunc.preconditioners import adam_preconditioner
 
 NET = Problem((64, 32, 32, 10), "tanh", "ce")
 STEPS, EVERY, SAMPLES, PROBE = 200, 5, 1000, 256
 OPTIMISERS = {"SGD": (0.01, 0.2), "momentum": (0.003, 0.06), "Adam": (3e-4, 6e-3)}  # ranges of the base rate
-LIMITS = {"SGD": 2.0, "momentum": 3.8, "Adam": 38.0}  # λ₁ · rate at which a quadratic is just stable
+LIMITS = {  # λ₁ · rate at which a quadratic is just stable
+    "SGD": stability_limit(1.0),
+    "momentum": stability_limit(1.0, 0.9),
+    "Adam": stability_limit(1.0, 0.9, dampening=0.9),
+}
 HARMLESS = ("constant", "warm-up", "warm-up in one jump", "decay", "cosine with a restart", "jump by 1.5 or 2")
 DATA = ("labels shuffled", "inputs times 10", "one batch repeated", "weight decay 1")
 FACTORS = (10, 30, 100)

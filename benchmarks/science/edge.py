@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.science.setting import SEEDS, Json, Problem, cached, curvature, first, random_vector, slope, top
+from eigenfunc.alerts import stability_limit
 from eigenfunc.canvas import DOWN, GRID, UP
 from eigenfunc.preconditioners import adam_preconditioner
 
@@ -35,7 +36,8 @@ class Setting:
     @property
     def limit(self) -> float:
         """The largest eigenvalue, preconditioned for Adam, at which a quadratic is still stable."""
-        return {"gd": 2.0, "heavy ball": 3.8, "adam": 38.0}[self.optimiser] / self.rate
+        momentum = 0.0 if self.optimiser == "gd" else 0.9
+        return stability_limit(self.rate, momentum, dampening=0.9 if self.optimiser == "adam" else 0.0)
 
 
 SETTINGS = {

@@ -13,11 +13,15 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from benchmarks.science.alarms import DATA, FACTORS, HARMLESS, LIMITS, OPTIMISERS
+from benchmarks.science.alarms import DATA, EVERY, FACTORS, HARMLESS, LIMITS, OPTIMISERS
 from benchmarks.science.setting import Json
+from eigenfunc.alerts import jump, non_finite, repeated_batch, stability
+from eigenfunc.records import History, Observation, Record, Rule
 
 _WINDOW, _QUIET = 30, 20  # steps that a z-score looks back; steps at the start in which none is given
+_MEMORY = 60  # steps that the library's rules are shown
 _TARGET = 0.05  # false alarms on the runs that are tuned on
 Scores = list[float]
 
@@ -79,13 +83,29 @@ def reach(s: Json) -> Scores:
     return _known([a * b / (2 * max(c, 1e-12)) for a, b, c in zip(s["top"], s["reach"], s["held"], strict=True)])
 
 
-def repeated(s: Json) -> Scores:
-    """How many of the last five batches were there before within five steps."""
-    found = []
-    for t in range(len(s["batch"])):
-        recent = s["batch"][max(0, t - 5) : t + 1]
-        found.append(float(len(recent) - len(set(recent))))
-    return found
+def shipped(*rules: Rule) -> Callable[[Json], Scores]:
+    """1 at the steps where one of these rules of the library, with its own thresholds, raises an alert."""
+
+    def scores(s: Json) -> Scores:
+        limit, fields = LIMITS[s["run"]["optimiser"]], (s["loss"], s["grad"], s["rate"], s["batch"])
+        observations = [
+            Observation(t, loss, grad, rate, limit / rate, batch)
+            for t, (loss, grad, rate, batch) in enumerate(zip(*fields, strict=True))
+        ]
+        glances = [Record(t - t % EVERY, (x,), kind="glance") for t, x in enumerate(s["top"])]
+        pasts = [
+            History([glances[t]] if s["top"][t] == s["top"][t] else [], observations[max(0, t - _MEMORY) : t + 1])
+            for t in range(len(observations))
+        ]
+        return [float(any(rule(past) is not None for rule in rules)) for past in pasts]
+
+    return scores
+
+
+_JUMPS: tuple[Rule, ...] = (
+    partial(jump, of="loss", window=50, least=20),
+    partial(jump, of="grad_norm", window=50, least=20),
+)
 
 
 @dataclass(frozen=True)
@@ -103,12 +123,15 @@ MONITORS = {
     "the rate rose by a factor": Monitor(rose),
     "the same, each optimiser": Monitor(rose, each=True),
     "λ₁, z-score": Monitor(top_z),
-    "λ₁ over the limit > 1, untuned": Monitor(ratio, 1.0),
     "λ₁ over the limit": Monitor(ratio),
     "λ₁ over the limit, each optimiser": Monitor(ratio, each=True),
     "½ λ₁‖Δ‖² over the loss": Monitor(reach),
     "½ λ₁‖Δ‖² over the loss, each optimiser": Monitor(reach, each=True),
-    "a batch came twice": Monitor(repeated, 0.5),
+    "`stability`: λ₁ over the limit > 1": Monitor(shipped(stability), 0.5),
+    "`jump` of loss or gradient norm": Monitor(shipped(*_JUMPS), 0.5),
+    "`repeated_batch`": Monitor(shipped(repeated_batch), 0.5),
+    "`non_finite`": Monitor(shipped(non_finite), 0.5),
+    "these four together": Monitor(shipped(stability, *_JUMPS, repeated_batch, non_finite), 0.5),
 }
 
 
