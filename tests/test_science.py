@@ -16,6 +16,7 @@ from benchmarks.science import alarms, edge, outliers, rules, tables
 from benchmarks.science.alarms import Run
 from benchmarks.science.setting import SEEDS, Problem, cached, curvature, drawn, first, random_vector, top
 from eigenfunc import eigsh, functional_loss
+from eigenfunc.alerts import stability
 from tests.helpers import dense_hessian
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -46,10 +47,12 @@ def test_a_jump_of_the_rate_is_seen_before_it_does_harm_and_a_healthy_run_is_lef
     jump = alarms.record(Run("SGD", 0.1, 64, "jump", 30.0, 60, 0))
     end = rules.doubled(jump)
     assert end is not None
-    assert rules.first_alarm(rules.ratio(jump), 1.0) == 60 < end
+    rule = rules.shipped(stability)
+    assert rules.first_alarm(rule(jump), 0.5) == 60 < end
+    assert rules.first_alarm(rules.ratio(jump), 1.0) == 60
     healthy = alarms.record(Run("SGD", 0.1, 64, "warm-up in one jump", 1.0, 60, 0))
     assert rules.doubled(healthy) is None
-    assert rules.first_alarm(rules.ratio(healthy), 1.0) is None
+    assert rules.first_alarm(rule(healthy), 0.5) is None
     assert rules.first_alarm(rules.rose(healthy), 9.0) == 60
 
 

@@ -36,6 +36,7 @@ def main() -> None:
         "outliers": spectra,
         "bulk": tables.bulk(whole),
         "alarms": rules.outcomes(records),
+        "mixes": rules.mixes(records),
         "runs": rules.numbers(records),
     }
     pictures.alarms(records, told["alarms"], figures / "alarms.png")

@@ -13,8 +13,6 @@ from eigenfunc import plot
 from eigenfunc.canvas import DOWN, GRID, OPEN, UP
 from eigenfunc.stochastic.density import Density
 
-SHOWN = "½ λ₁‖Δ‖² over the loss, each optimiser"
-
 
 def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -79,19 +77,14 @@ def density(whole: Density, path: Path) -> None:
 
 
 def _bars(outcomes: Json, ax: Any) -> None:
-    names = list(outcomes)[::-1]
-    rows = [outcomes[name] for name in names]
-    at = range(len(names))
-    ax.barh(
-        [y + 0.2 for y in at], [r["caught"][0] / r["caught"][1] for r in rows], 0.38, color=UP, label="caught in time"
-    )
-    ax.barh(
-        [y - 0.2 for y in at], [r["false"][0] / r["false"][1] for r in rows], 0.38, color=DOWN, label="false alarms"
-    )
-    ax.axvline(0.07, color="black", lw=0.8, ls=":")
-    ax.set_yticks(list(at), names, fontsize=8)
+    names = [name for name, row in outcomes.items() if row["caught"][0]][::-1]  # some rules are for other faults
+    for key, shift, colour, label in (("caught", 0.2, UP, "caught in time"), ("false", -0.2, DOWN, "false alarms")):
+        shares = [outcomes[name][key][0] / outcomes[name][key][1] for name in names]
+        ax.barh([y + shift for y in range(len(names))], shares, 0.38, color=colour, label=label)
+    ax.axvline(0.07, color="black", lw=0.8, ls=":", label="7%")
+    ax.set_yticks(range(len(names)), [name.replace("`", "") for name in names], fontsize=8)
     ax.set(xlim=(0, 1), xlabel="share of runs")
-    ax.legend(edgecolor=GRID, loc="lower right", fontsize=8)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
 
 
 def alarms(records: Sequence[Json], outcomes: Json, path: Path) -> None:
@@ -104,16 +97,15 @@ def alarms(records: Sequence[Json], outcomes: Json, path: Path) -> None:
         if s["run"]["kind"] == "jump" and s["run"]["factor"] == 10
         and (end := rules.doubled(s)) and end - s["run"]["at"] >= 3
     )  # fmt: skip
-    at, end = example["run"]["at"], rules.doubled(example)
+    run, end = example["run"], rules.doubled(example)
+    at = run["at"]
     span = range(max(0, at - 40), min(len(example["held"]), at + 40))
     above.plot(span, [example["held"][t] for t in span], color=UP, lw=1.3)
     above.set(yscale="log", ylabel="loss on fixed samples")
-    above.set_title(
-        f"{example['run']['optimiser']}, rate {example['run']['rate']:.3f}, times 10 at step {at}", fontsize=9
-    )
+    above.set_title(f"{run['optimiser']}, rate {run['rate']:.3f}, times 10 at step {at}", fontsize=9)
     below.plot(span, [rules.ratio(example)[t] for t in span], color=UP, lw=1.3)
     below.axhline(1, color="black", ls="--", lw=1)
-    below.set(yscale="log", xlabel="step", ylabel=f"λ₁ · rate / {LIMITS[example['run']['optimiser']]:g}")
+    below.set(xlabel="step", ylabel=f"λ₁ · rate / {LIMITS[run['optimiser']]:g}")
     for ax in (above, below):
         ax.axvline(at, color=OPEN, lw=1, ls=":", label="the rate changes")
         ax.axvline(end, color=DOWN, lw=1, ls="--", label="the loss has doubled")

@@ -22,6 +22,7 @@ from eigenfunc.records import History, Observation, Record, Rule
 
 _WINDOW, _QUIET = 30, 20  # steps that a z-score looks back; steps at the start in which none is given
 _MEMORY = 60  # steps that the library's rules are shown
+_SPLITS = 30  # ways to halve the healthy runs
 _TARGET = 0.05  # false alarms on the runs that are tuned on
 Scores = list[float]
 
@@ -135,6 +136,15 @@ MONITORS = {
 }
 
 
+_MIXED = (
+    "gradient norm, z-score",
+    "the rate rose by a factor",
+    "`stability`: λ₁ over the limit > 1",
+    "λ₁ over the limit",
+    "½ λ₁‖Δ‖² over the loss",
+)
+
+
 def doubled(s: Json) -> int | None:
     """The step at which the loss on the fixed samples is first over twice that at the change."""
     at, held = s["run"]["at"], s["held"]
@@ -151,27 +161,19 @@ def tuned(peaks: Sequence[float], target: float = _TARGET) -> float:
     return ranked[int(target * len(ranked))]
 
 
-def halves(records: Sequence[Json]) -> tuple[list[Json], list[Json]]:
+def halves(records: Sequence[Json], seed: int) -> tuple[list[Json], list[Json]]:
     """The healthy runs, split at random within each optimiser and kind: to tune on, and to test on."""
     groups: dict[tuple[str, str], list[Json]] = {}
     for s in records:
         groups.setdefault((s["run"]["optimiser"], s["run"]["kind"]), []).append(s)
-    draw, tune, test = random.Random(1), [], []
+    draw = random.Random(seed)
+    tune: list[Json] = []
+    test: list[Json] = []
     for group in groups.values():
         draw.shuffle(group)
-        middle = len(group) // 2
-        tune += group[:middle]
-        test += group[middle:]
+        tune += group[: len(group) // 2]
+        test += group[len(group) // 2 :]
     return tune, test
-
-
-def thresholds(monitor: Monitor, tune: Sequence[Json]) -> dict[str, float]:
-    if monitor.threshold is not None:
-        return dict.fromkeys(OPTIMISERS, monitor.threshold)
-    peaks = {name: [max(monitor.score(s)) for s in tune if s["run"]["optimiser"] == name] for name in OPTIMISERS}
-    if monitor.each:
-        return {name: tuned(some) for name, some in peaks.items()}
-    return dict.fromkeys(OPTIMISERS, tuned([x for some in peaks.values() for x in some]))
 
 
 def sound(records: Sequence[Json]) -> list[Json]:
@@ -179,40 +181,86 @@ def sound(records: Sequence[Json]) -> list[Json]:
     return [s for s in records if s["run"]["kind"] in HARMLESS and doubled(s) is None]
 
 
-def outcome(monitor: Monitor, records: Sequence[Json]) -> Json:
-    """What a monitor does on all runs, as counts: [alarms, runs]."""
-    tune, test = halves(sound(records))
-    limits = thresholds(monitor, tune)
-    alarm = {id(s): first_alarm(monitor.score(s), limits[s["run"]["optimiser"]]) for s in records}
+class Judged:
+    """A monitor's scores on all runs, and what it does with given thresholds."""
 
-    def alarmed(some: Sequence[Json]) -> list[int]:
-        return [sum(alarm[id(s)] is not None for s in some), len(some)]
+    def __init__(self, monitor: Monitor, records: Sequence[Json]) -> None:
+        self.monitor = monitor
+        self.scores = {id(s): monitor.score(s) for s in records}
 
-    def caught(some: Sequence[Json]) -> list[int]:
-        spans = [(s["run"]["at"], alarm[id(s)], doubled(s)) for s in some]
+    def thresholds(self, tune: Sequence[Json]) -> dict[str, float]:
+        if self.monitor.threshold is not None:
+            return dict.fromkeys(OPTIMISERS, self.monitor.threshold)
+        peaks = {o: [max(self.scores[id(s)]) for s in tune if s["run"]["optimiser"] == o] for o in OPTIMISERS}
+        if self.monitor.each:
+            return {name: tuned(some) for name, some in peaks.items()}
+        return dict.fromkeys(OPTIMISERS, tuned([x for some in peaks.values() for x in some]))
+
+    def alarm(self, s: Json, limits: dict[str, float]) -> int | None:
+        return first_alarm(self.scores[id(s)], limits[s["run"]["optimiser"]])
+
+    def alarmed(self, some: Sequence[Json], limits: dict[str, float]) -> list[int]:
+        return [sum(self.alarm(s, limits) is not None for s in some), len(some)]
+
+    def caught(self, some: Sequence[Json], limits: dict[str, float]) -> list[int]:
+        spans = [(s["run"]["at"], self.alarm(s, limits), doubled(s)) for s in some]
         return [sum(t is not None and end is not None and at <= t < end for at, t, end in spans), len(spans)]
 
-    def late(some: Sequence[Json]) -> tuple[int, int, float | None]:
-        delays = [t - s["run"]["at"] for s in some if (t := alarm[id(s)]) is not None and t >= s["run"]["at"]]
-        return len(delays), len(some), statistics.median(delays) if delays else None
+    def late(self, some: Sequence[Json], limits: dict[str, float]) -> list[float | None]:
+        delays = [t - s["run"]["at"] for s in some if (t := self.alarm(s, limits)) is not None and t >= s["run"]["at"]]
+        return [len(delays), len(some), statistics.median(delays) if delays else None]
 
+
+def outcome(monitor: Monitor, records: Sequence[Json]) -> Json:
+    """What a monitor does on all runs, as counts [alarms, runs], for the first way to split the healthy ones in halves;
+    `mean false` and `mean caught` are shares over all ways."""
+    judged, healthy = Judged(monitor, records), sound(records)
     jumps = [s for s in records if s["run"]["kind"] == "jump"]
     harmful = [s for s in jumps if doubled(s) is not None]
+    shares = []
+    for seed in range(_SPLITS):
+        tune, test = halves(healthy, seed)
+        limits = judged.thresholds(tune)
+        pairs = judged.alarmed(test, limits), judged.caught(harmful, limits)
+        shares.append([count / number for count, number in pairs])
+    tune, test = halves(healthy, 0)
+    limits = judged.thresholds(tune)
+    false, caught = partial(judged.alarmed, limits=limits), partial(judged.caught, limits=limits)
     return {
         "thresholds": limits,
-        "false": alarmed(test),
-        "false of all": alarmed(tune + test),
-        "false by kind": {kind: alarmed([s for s in test if s["run"]["kind"] == kind]) for kind in HARMLESS},
+        "false": false(test),
+        "false of all": false(healthy),
+        "false by kind": {kind: false([s for s in test if s["run"]["kind"] == kind]) for kind in HARMLESS},
         "caught": caught(harmful),
+        "mean false": statistics.fmean(share for share, _ in shares),
+        "mean caught": statistics.fmean(share for _, share in shares),
         **{name: caught([s for s in harmful if s["run"]["optimiser"] == name]) for name in OPTIMISERS},
         "by factor": {str(f): caught([s for s in harmful if s["run"]["factor"] == f]) for f in FACTORS},
-        "other jumps": alarmed([s for s in jumps if doubled(s) is None]),
-        **{kind: late([s for s in records if s["run"]["kind"] == kind]) for kind in DATA},
+        "other jumps": false([s for s in jumps if doubled(s) is None]),
+        **{kind: judged.late([s for s in records if s["run"]["kind"] == kind], limits) for kind in DATA},
     }
 
 
 def outcomes(records: Sequence[Json]) -> Json:
     return {name: outcome(monitor, records) for name, monitor in MONITORS.items()}
+
+
+MIXES = {
+    "all": (),
+    "without warm restarts (×20)": ("cosine with a restart",),
+    "nor warm-up in one jump (×10)": ("cosine with a restart", "warm-up in one jump"),
+}
+
+
+def mixes(records: Sequence[Json]) -> Json:
+    """Shares of false alarms and of faults caught, means over the splits, also without large harmless changes."""
+    found: Json = {}
+    for mix, without in MIXES.items():
+        some = [s for s in records if s["run"]["kind"] not in without]
+        for name in _MIXED:
+            row = outcome(MONITORS[name], some)
+            found.setdefault(name, {})[mix] = [row["mean false"], row["mean caught"]]
+    return found
 
 
 def numbers(records: Sequence[Json]) -> Json:

@@ -60,7 +60,7 @@ class Problem:
 
     def predict(self, w: Tensor, x: Tensor) -> Tensor:
         shapes = self.shapes
-        parts = iter([p.view(s) for p, s in zip(w.split([math.prod(s) for s in shapes]), shapes, strict=True)])
+        parts = iter([p.view(s) for p, s in zip(torch.split(w, [math.prod(s) for s in shapes]), shapes, strict=True)])
         act = _ACTIVATIONS[self.activation]
         last = len(self.widths) - 2
         for i in range(last + 1):
@@ -100,7 +100,7 @@ def drawn(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tuple[T
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(data[1]), generator=generator)
-        for index in order.split(size):
+        for index in torch.split(order, size):
             if len(index) == min(size, len(order)):
                 yield data[0][index], data[1][index]
 

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from benchmarks.science import edge
-from benchmarks.science.alarms import DATA, HARMLESS
-from benchmarks.science.rules import OPTIMISERS
+from benchmarks.science.alarms import DATA, HARMLESS, OPTIMISERS
+from benchmarks.science.rules import MIXES
 from benchmarks.science.setting import Json
 from eigenfunc.stochastic.density import Density
 
@@ -87,14 +87,27 @@ def _of(pair: list[int]) -> str:
 
 
 def alarms(told: Json) -> str:
-    heads = ["monitor", "threshold", "false alarms, unseen runs", *OPTIMISERS, "all caught", "×10", "×30", "×100"]
+    heads = [
+        "monitor",
+        "threshold",
+        "false alarms, unseen runs",
+        *OPTIMISERS,
+        "all caught",
+        "×10",
+        "×30",
+        "×100",
+        "mean of 30 splits",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, row in told.items():
         limits = list(row["thresholds"].values())
         limit = f"{limits[0]:.2g}" if len(set(limits)) == 1 else ", ".join(f"{x:.2g}" for x in limits)
         caught = f"**{row['caught'][0] / row['caught'][1]:.0%}** ({_of(row['caught'])})"
+        mean = f"{row['mean false']:.1%} false, {row['mean caught']:.0%} caught"
         cells = [f"{row['false'][0] / row['false'][1]:.1%} ({_of(row['false'])})", *(_of(row[o]) for o in OPTIMISERS)]
-        lines.append("| " + " | ".join([name, limit, *cells, caught, *map(_of, row["by factor"].values())]) + " |")
+        lines.append(
+            "| " + " | ".join([name, limit, *cells, caught, *map(_of, row["by factor"].values()), mean]) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -103,6 +116,14 @@ def kinds(told: Json) -> str:
     lines = [f"| monitor | {' | '.join(HARMLESS)} | jumps that did no harm |", "|" + "---|" * (2 + len(HARMLESS))]
     for name, row in told.items():
         cells = [*map(_of, row["false by kind"].values()), _of(row["other jumps"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mixes(told: Json) -> str:
+    lines = [f"| monitor | {' | '.join(MIXES)} |", "|" + "---|" * (1 + len(MIXES))]
+    for name, row in told.items():
+        cells = [f"{false:.1%}, {caught:.0%}" for false, caught in row.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -136,6 +157,7 @@ def blocks(told: Json) -> dict[str, str]:
         "runs": runs(told["runs"]),
         "alarms": alarms(told["alarms"]),
         "kinds": kinds(told["alarms"]),
+        "mixes": mixes(told["mixes"]),
         "faults": faults(told["alarms"]),
     }
 
