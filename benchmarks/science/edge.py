@@ -63,7 +63,8 @@ def run(setting: Setting, seed: int) -> Json:
         y = torch.where(torch.rand(y.shape, generator=g) < setting.noise, torch.randint(10, y.shape, generator=g), y)
     w = setting.problem.start(seed).requires_grad_()
     optimiser = made(setting, w)
-    v, rows = random_vector(w, seed), []
+    v = random_vector(w, seed)
+    rows: list[tuple[float, float, float, float]] = []
     for step in range(setting.steps + 1):
         value, w.grad = slope(setting.problem, w, (x, y))
         adapted = setting.optimiser == "adam"

@@ -22,7 +22,7 @@ from eigenfunc.overlap import gradient_overlap, subspace_overlap
 from eigenfunc.stochastic.density import Density, spectral_density
 
 CLASSES = (3, 5, 10)
-SHARE_STEPS = (20, 50, 100, 200, 400)
+SHARE_STEPS = (20, 50, *range(100, 401, 30))
 Data = tuple[Tensor, Tensor]
 
 
@@ -93,7 +93,7 @@ def count(loss: str, classes: int, seed: int, number: int | None = None) -> Json
     return {"rows": rows}
 
 
-def shares(seed: int, steps: tuple[int, ...] = SHARE_STEPS) -> Json:
+def shares(seed: int, steps: tuple[int, ...]) -> Json:
     """How much of the gradient, of batch gradients and of a random vector the ten top eigenvectors span."""
     problem, rate = classifier("ce", 10)
     data = first(1797)
@@ -145,6 +145,6 @@ def runs(folder: Path | None, seeds: Iterable[int] = SEEDS) -> Json:
     }
     return {
         "counts": counts,
-        "shares": [cached(folder, "shares", shares, seed) for seed in seeds],
+        "shares": [cached(folder, "shares", shares, seed, SHARE_STEPS) for seed in seeds],
         "norms": [cached(folder, "norms", norms, seed) for seed in seeds],
     }

@@ -132,7 +132,7 @@ MONITORS = {
     "`jump` of loss or gradient norm": Monitor(shipped(*_JUMPS), 0.5),
     "`repeated_batch`": Monitor(shipped(repeated_batch), 0.5),
     "`non_finite`": Monitor(shipped(non_finite), 0.5),
-    "these four together": Monitor(shipped(stability, *_JUMPS, repeated_batch, non_finite), 0.5),
+    "all of these together": Monitor(shipped(stability, *_JUMPS, repeated_batch, non_finite), 0.5),
 }
 
 
@@ -227,6 +227,7 @@ def outcome(monitor: Monitor, records: Sequence[Json]) -> Json:
     limits = judged.thresholds(tune)
     false, caught = partial(judged.alarmed, limits=limits), partial(judged.caught, limits=limits)
     return {
+        "tuned": monitor.threshold is None,
         "thresholds": limits,
         "false": false(test),
         "false of all": false(healthy),
@@ -274,5 +275,5 @@ def numbers(records: Sequence[Json]) -> Json:
         "jumps that doubled the loss": sum(doubled(s) is not None for s in jumps),
         "of these in one step": sum(doubled(s) == s["run"]["at"] + 1 for s in jumps),
         "faults in the data": sum(s["run"]["kind"] in DATA for s in records),
-        "residual of the last λ₁, median": statistics.median(x for s in records for x in s["residual"]),
+        "median residual of λ₁ in healthy runs": statistics.median(x for s in sound(records) for x in s["residual"]),
     }
