@@ -22,6 +22,7 @@ from eigenfunc.overlap import gradient_overlap, subspace_overlap
 from eigenfunc.stochastic.density import Density, spectral_density
 
 CLASSES = (3, 5, 10)
+LATE = (0.13, 0.08, 0.04)
 SHARE_STEPS = (20, 50, *range(100, 401, 30))
 Data = tuple[Tensor, Tensor]
 
@@ -93,6 +94,17 @@ def count(loss: str, classes: int, seed: int, number: int | None = None) -> Json
     return {"rows": rows}
 
 
+def late(classes: int, seed: int, losses: tuple[float, ...]) -> Json:
+    """The count under cross-entropy, Hessian alone, where the window has been left."""
+    problem, rate = classifier("ce", classes)
+    data = of_classes(classes)
+    rows = []
+    for step, value, w in at_levels(problem, rate, data, 64, seed, losses):
+        found, ratio = gap(leading(hessian, problem, w, data, 2 * classes + 3).values, 2 * classes + 2)
+        rows.append({"step": step, "loss": value, "hessian": found, "gap": ratio})
+    return {"rows": rows}
+
+
 def shares(seed: int, steps: tuple[int, ...]) -> Json:
     """How much of the gradient, of batch gradients and of a random vector the ten top eigenvectors span."""
     problem, rate = classifier("ce", 10)
@@ -145,6 +157,7 @@ def runs(folder: Path | None, seeds: Iterable[int] = SEEDS) -> Json:
     }
     return {
         "counts": counts,
+        "late": {str(c): [cached(folder, "late", late, c, seed, LATE) for seed in seeds] for c in CLASSES},
         "shares": [cached(folder, "shares", shares, seed, SHARE_STEPS) for seed in seeds],
         "norms": [cached(folder, "norms", norms, seed) for seed in seeds],
     }

@@ -56,7 +56,7 @@ def outliers(found: Json, path: Path) -> None:
             label = {"full": "full gradient", "batch": "batches of 64", "random": "random vector"}[key]
             known = label if run is found["shares"][0] else None
             axes[3].plot(steps, [row[key] for row in run["rows"]], marker, color=colour, ms=4, lw=1, label=known)
-    axes[3].set(xlabel="step", ylabel="share in the span of the top 10", title="gradients, cross-entropy, C = 10")
+    axes[3].set(xlabel="step", ylabel="share in the span of the top 10", title="gradients, C = 10")
     axes[3].legend(edgecolor=GRID)
     for run in found["norms"]:
         for key, marker, colour in (("without", "o-", UP), ("with", "s-", DOWN)):
@@ -64,7 +64,7 @@ def outliers(found: Json, path: Path) -> None:
                 known = f"{key} batch norm" if row is found["norms"][0][key][0] else None
                 ranks = range(1, len(row["values"]) + 1)
                 axes[7].plot(ranks, row["values"], marker, color=colour, ms=3, lw=0.7, alpha=0.6, label=known)
-    axes[7].set(yscale="log", xlabel="rank", title="cross-entropy at 0.2 and 0.1")
+    axes[7].set(yscale="log", xlabel="rank", ylim=(0.5, None), title="cross-entropy at 0.2 and 0.1")
     axes[7].xaxis.get_major_locator().set_params(integer=True)
     axes[7].legend(edgecolor=GRID, loc="lower left")
     _tidy(*axes)

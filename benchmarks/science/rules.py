@@ -132,7 +132,7 @@ MONITORS = {
     "`jump` of loss or gradient norm": Monitor(shipped(*_JUMPS), 0.5),
     "`repeated_batch`": Monitor(shipped(repeated_batch), 0.5),
     "`non_finite`": Monitor(shipped(non_finite), 0.5),
-    "all of these together": Monitor(shipped(stability, *_JUMPS, repeated_batch, non_finite), 0.5),
+    "the library's rules together": Monitor(shipped(stability, *_JUMPS, repeated_batch, non_finite), 0.5),
 }
 
 
@@ -275,5 +275,6 @@ def numbers(records: Sequence[Json]) -> Json:
         "jumps that doubled the loss": sum(doubled(s) is not None for s in jumps),
         "of these in one step": sum(doubled(s) == s["run"]["at"] + 1 for s in jumps),
         "faults in the data": sum(s["run"]["kind"] in DATA for s in records),
+        "largest λ₁ over the limit in a healthy run": max(max(ratio(s)) for s in sound(records)),
         "median residual of λ₁ in healthy runs": statistics.median(x for s in sound(records) for x in s["residual"]),
     }

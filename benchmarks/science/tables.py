@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.science import edge
 from benchmarks.science.alarms import DATA, HARMLESS, OPTIMISERS
+from benchmarks.science.outliers import LATE
 from benchmarks.science.rules import MIXES
 from benchmarks.science.setting import Json
 from eigenfunc.stochastic.density import Density
@@ -35,6 +36,17 @@ def counts(found: Json) -> str:
     return "\n".join(lines)
 
 
+def late(found: Json) -> str:
+    """The counts where the window has been left, level by level, over the seeds."""
+    heads = [f"loss {level}" for level in LATE]
+    lines = [f"| cross-entropy, classes | expected | {' | '.join(heads)} |", "|---|---|" + "---|" * len(LATE)]
+    for classes, runs in found["late"].items():
+        levels = zip(*(run["rows"] for run in runs), strict=True)
+        cells = [", ".join(str(row["hessian"]) for row in rows) for rows in levels]
+        lines.append(f"| {classes} | {int(classes) - 1} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def shares(found: Json) -> str:
     """The first two steps by themselves; the others together, with their medians."""
     lines = ["| step | full gradient | gradient of a batch of 64 | random vector |", "|---|---|---|---|"]
@@ -48,9 +60,11 @@ def shares(found: Json) -> str:
             middle = f", median {statistics.median(values):{digits}}" if len(looked) > 1 else ""
             cells.append(_span(values, digits) + middle)
         lines.append(f"| {when} | {' | '.join(cells)} |")
-    late = [row["full"] for look in looks[2:] for row in look]
-    lines += ["", f"From step 100 on the share of the full gradient is at least 0.85 in {sum(x >= 0.85 for x in late)} of "
-              f"{len(late)} looks."]  # fmt: skip
+    late = [row["full"] >= 0.85 for look in looks[2:] for row in look]
+    lines += [
+        "",
+        f"From step 100 on at least 0.85 of the full gradient lies there in {sum(late)} of {len(late)} looks.",
+    ]
     return "\n".join(lines)
 
 
@@ -167,6 +181,7 @@ def blocks(told: Json) -> dict[str, str]:
     return {
         "edge": edge.table(told["edge"]),
         "counts": counts(told["outliers"]),
+        "late": late(told["outliers"]),
         "shares": shares(told["outliers"]),
         "norms": norms(told["outliers"]),
         "bulk": bulk_words(told["bulk"]),
