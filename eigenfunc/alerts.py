@@ -50,14 +50,14 @@ def is_adaptive(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, (Adam, NAdam, RAdam, RMSprop, Adagrad))
 
 
-def optimizer_limit(optimizer: Optimizer) -> tuple[float, float | None]:
-    """Its learning rate now, the largest of its groups, and the `stability_limit` there; None where none is known.
+def optimizer_limit(optimizer: Optimizer, rate: float | None = None) -> tuple[float, float | None]:
+    """A learning rate, default the largest of its groups now, and the `stability_limit` there, None if not known.
 
     Known are torch's SGD (momentum, dampening, Nesterov; L2 weight decay adds to each eigenvalue and is taken off),
     Adam, AdamW and RAdam, RMSprop and Adagrad (both of those on the preconditioned matrix too).
     """
     group = max(optimizer.param_groups, key=lambda g: float(g["lr"]))
-    rate = float(group["lr"])
+    rate = float(group["lr"]) if rate is None else rate
     if isinstance(optimizer, SGD):
         dampening = group["dampening"] if group["momentum"] else 0.0
         limit = stability_limit(rate, group["momentum"], dampening=dampening, nesterov=group["nesterov"])
@@ -110,7 +110,7 @@ def jump(
     suggest 3.5 for single tests.)
     """
     if of == "λ₁":
-        *before, last = [r for r in history.records if r.top is not None] or [None]
+        before, last = _split(history, "top")
         if last is None or last.top is None:
             return None
         past = [r.top[0] for r in before if r.certified and r.top is not None and r.matrix == last.matrix]
@@ -142,7 +142,7 @@ def negative_curvature(
     share   and over this share of the largest eigenvalue, where that is known: below it, negative values are the usual
             edge of the bulk
     """
-    *before, last = [r for r in history.records if r.bottom is not None] or [None]
+    before, last = _split(history, "bottom")
     if last is None or last.bottom is None:
         return None
     past = [max(-r.bottom[0], 0.0) for r in before if r.certified and r.bottom is not None and r.matrix == last.matrix]
@@ -192,6 +192,12 @@ RULES: tuple[Rule, ...] = (
     non_finite,
     repeated_batch,
 )
+
+
+def _split(history: History, end: Literal["top", "bottom"]) -> tuple[list[Record], Record | None]:
+    """The last record with that end of the spectrum, and those before it."""
+    known = [record for record in history.records if getattr(record, end) is not None]
+    return known[:-1], known[-1] if known else None
 
 
 def _spread(past: Sequence[float], floor: float) -> tuple[float, float]:
