@@ -19,7 +19,7 @@ FLOORS = [
     {"objective", "data", "operator", "preconditioners", "records", "budget"},
     {"krylov", "solution", "curvature", "alerts"},
     {"certificate", "landscape", "overlap", "perturbation", "testing"},
-    {"plan", "implicit"},
+    {"plan", "implicit", "funm", "solve"},
     {"completeness", "stochastic"},
     {"thick_restart"},
     {"verdict", "endgame"},
