@@ -186,7 +186,7 @@ class Tracking:
             if depth == "look":
                 share = _share(gradient(self.loss, params, self.data), s, vectors)
                 record = replace(record, gradient_share=share)
-        except (NonFiniteError, DataError, ProductError, torch._C._LinAlgError) as error:
+        except (NonFiniteError, DataError, ProductError) as error:
             if not any(record.finite for record in state.records):
                 raise
             finite = isinstance(error, ProductError)
