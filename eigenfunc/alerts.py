@@ -13,7 +13,6 @@ alone, for a glance that lags behind would make the next look seem a jump.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from statistics import median
 from typing import Literal
@@ -111,23 +110,27 @@ def jump(
     """
     if of == "λ₁":
         before, last = _split(history, "top")
-        if last is None or last.top is None:
+        if last is None or last.top is None or last.step != history.now:
             return None
         past = [r.top[0] for r in before if r.certified and r.top is not None and r.matrix == last.matrix]
         value, certainty = last.top[0], _certainty(last)
-        words, where = _words(last, of, *last.top), "certified looks"
     else:
-        found = [(x.step, y) for x in history.observations if (y := getattr(x, of)) is not None and math.isfinite(y)]
-        if not found or history.observations[-1].step != found[-1][0]:
+        *past, now = [getattr(x, of) for x in history.observations[-window - 1 :]] or [None]
+        if now is None or not math.isfinite(now):
             return None
-        past, value, certainty = [y for _, y in found[:-1]], found[-1][1], "observed"
-        words, where = f"{of} = {value:.4g}", "steps"
-    past = past[-window:]
+        past, value, certainty = [x for x in past if x is not None and math.isfinite(x)], now, "observed"
+        last = None
+    past = sorted(past[-window:])
     if len(past) < least:
         return None
-    middle, scale = _spread(past, floor)
+    middle = median(past)
+    scale = floor * abs(middle)
+    if value - middle > threshold * scale:
+        scale = max(_CONSISTENT * median(abs(x - middle) for x in past), scale)
     if not value - middle > threshold * scale:
         return None
+    words = f"{of} = {value:.4g}" if last is None or last.top is None else _words(last, of, *last.top)
+    where = "steps" if last is None else "certified looks"
     score = (value - middle) / scale if scale > 0 else math.inf
     text = f"{words} is {score:.3g} robust deviations above the median {middle:.4g} of {len(past)} {where}"
     return Alert(f"jump of {of}", history.now, text, value, middle + threshold * scale, certainty)
@@ -143,7 +146,7 @@ def negative_curvature(
             edge of the bulk
     """
     before, last = _split(history, "bottom")
-    if last is None or last.bottom is None:
+    if last is None or last.bottom is None or last.step != history.now:
         return None
     past = [max(-r.bottom[0], 0.0) for r in before if r.certified and r.bottom is not None and r.matrix == last.matrix]
     past = past[-window:]
@@ -196,14 +199,10 @@ RULES: tuple[Rule, ...] = (
 
 def _split(history: History, end: Literal["top", "bottom"]) -> tuple[list[Record], Record | None]:
     """The last record with that end of the spectrum, and those before it."""
+    if not history.records or history.records[-1].step != history.now:
+        return [], None  # it was judged when it was new
     known = [record for record in history.records if getattr(record, end) is not None]
     return known[:-1], known[-1] if known else None
-
-
-def _spread(past: Sequence[float], floor: float) -> tuple[float, float]:
-    middle = median(past)
-    scale = _CONSISTENT * median(abs(x - middle) for x in past)
-    return middle, max(scale, floor * abs(middle))
 
 
 def _certainty(record: Record) -> Certainty:

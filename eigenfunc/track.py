@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -105,6 +106,10 @@ class SpectrumTracker:
         """A look at once, whatever the budget, which it is charged to; None before the first step of Adam."""
         state, record = self.core.update(self.state, params, step, "look")
         return self._done(state, record)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """From now on this optimiser tells the rate, for loops that make it after the tracker."""
+        self.core = replace(self.core, optimizer=optimizer)
 
     def observe(
         self,

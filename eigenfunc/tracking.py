@@ -103,16 +103,16 @@ class Tracking:
         step = state.calls if step is None else whole(step, "step", 0)
         since = self.clock()
         state = state._replace(calls=state.calls + 1, ledger=state.ledger.started(since))
-        vectors = parameters(params)
         if self.optimizer is not None and alerts.is_adaptive(self.optimizer) and not self.optimizer.state:
             depth = None
         elif depth is None:
-            state, depth = self._due(state, vectors, step, since)
+            state, depth = self._due(state, params, step, since)
         record: Record | None = None
         if depth is not None:
-            _synchronised(tree.device(vectors))
+            point = parameters(params)
+            _synchronised(tree.device(point))
             since = self.clock()
-            state, record = self._seen(state, vectors, step, "look" if state.vectors is None else depth)
+            state, record = self._seen(state, point, step, "look" if state.vectors is None else depth)
             state = state._replace(records=(*state.records, record)[-_KEPT:])
         rate, limit = self._rate(None)
         state = self._judged(state, Observation(step, rate=rate, limit=limit))
@@ -131,24 +131,28 @@ class Tracking:
         ledger = state.ledger.started(since)
         return state._replace(ledger=ledger.charged(self.clock(), since, self.max_overhead, None))
 
-    def _due(self, state: State, params: Tree, step: int, now: float) -> tuple[State, Depth | None]:
+    def _due(self, state: State, params: Tree | nn.Module, step: int, now: float) -> tuple[State, Depth | None]:
+        """What it is time for; the first time, what a look will cost is guessed from a gradient."""
         if self.every is not None:
             return state, "look" if step % self.every == 0 else None
-        if (state.records and not state.records[-1].finite) and not bool(tree.all_finite(params)):
-            return state, None  # it was told
         ledger = state.ledger
         if math.isnan(ledger.look):
-            if not bool(tree.all_finite(params)):
-                return state, "look"
-            _synchronised(tree.device(params))
+            point = parameters(params)
+            if not bool(tree.all_finite(point)):
+                return state, None if state.records else "look"
+            _synchronised(tree.device(point))
             before = self.clock()
-            gradient(self.loss, params, self.data)
+            gradient(self.loss, point, self.data)
             after = self.clock()
             product = _GRADIENTS * (after - before)
             count = 25 + 2 * self.k + self.trace_matvecs
             ledger = ledger._replace(look=product * count, glance=product * (self.k + 3), spent=after - before)
-            state = state._replace(ledger=ledger)
-        return state, ledger.affordable(now, self.max_overhead, state.vectors is not None)
+            return state._replace(ledger=ledger), None
+        depth = ledger.affordable(now, self.max_overhead, state.vectors is not None)
+        broken = len(state.records) > 0 and not state.records[-1].finite
+        if depth is not None and broken and not bool(tree.all_finite(parameters(params))):
+            return state, None  # as it was when last seen
+        return state, depth
 
     def _rate(self, given: float | None) -> tuple[float | None, float | None]:
         """The learning rate now and the largest stable eigenvalue there."""
