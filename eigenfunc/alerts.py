@@ -13,7 +13,6 @@ alone, for a glance that lags behind would make the next look seem a jump.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from statistics import median
 from typing import Literal
@@ -50,14 +49,14 @@ def is_adaptive(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, (Adam, NAdam, RAdam, RMSprop, Adagrad))
 
 
-def optimizer_limit(optimizer: Optimizer) -> tuple[float, float | None]:
-    """Its learning rate now, the largest of its groups, and the `stability_limit` there; None where none is known.
+def optimizer_limit(optimizer: Optimizer, rate: float | None = None) -> tuple[float, float | None]:
+    """A learning rate, default the largest of its groups now, and the `stability_limit` there, None if not known.
 
     Known are torch's SGD (momentum, dampening, Nesterov; L2 weight decay adds to each eigenvalue and is taken off),
     Adam, AdamW and RAdam, RMSprop and Adagrad (both of those on the preconditioned matrix too).
     """
     group = max(optimizer.param_groups, key=lambda g: float(g["lr"]))
-    rate = float(group["lr"])
+    rate = float(group["lr"]) if rate is None else rate
     if isinstance(optimizer, SGD):
         dampening = group["dampening"] if group["momentum"] else 0.0
         limit = stability_limit(rate, group["momentum"], dampening=dampening, nesterov=group["nesterov"])
@@ -110,24 +109,28 @@ def jump(
     suggest 3.5 for single tests.)
     """
     if of == "λ₁":
-        *before, last = [r for r in history.records if r.top is not None] or [None]
-        if last is None or last.top is None:
+        before, last = _split(history, "top")
+        if last is None or last.top is None or last.step != history.now:
             return None
         past = [r.top[0] for r in before if r.certified and r.top is not None and r.matrix == last.matrix]
         value, certainty = last.top[0], _certainty(last)
-        words, where = _words(last, of, *last.top), "certified looks"
     else:
-        found = [(x.step, y) for x in history.observations if (y := getattr(x, of)) is not None and math.isfinite(y)]
-        if not found or history.observations[-1].step != found[-1][0]:
+        *past, now = [getattr(x, of) for x in history.observations[-window - 1 :]] or [None]
+        if now is None or not math.isfinite(now):
             return None
-        past, value, certainty = [y for _, y in found[:-1]], found[-1][1], "observed"
-        words, where = f"{of} = {value:.4g}", "steps"
-    past = past[-window:]
+        past, value, certainty = [x for x in past if x is not None and math.isfinite(x)], now, "observed"
+        last = None
+    past = sorted(past[-window:])
     if len(past) < least:
         return None
-    middle, scale = _spread(past, floor)
+    middle = median(past)
+    scale = floor * abs(middle)
+    if value - middle > threshold * scale:
+        scale = max(_CONSISTENT * median(abs(x - middle) for x in past), scale)
     if not value - middle > threshold * scale:
         return None
+    words = f"{of} = {value:.4g}" if last is None or last.top is None else _words(last, of, *last.top)
+    where = "steps" if last is None else "certified looks"
     score = (value - middle) / scale if scale > 0 else math.inf
     text = f"{words} is {score:.3g} robust deviations above the median {middle:.4g} of {len(past)} {where}"
     return Alert(f"jump of {of}", history.now, text, value, middle + threshold * scale, certainty)
@@ -142,8 +145,8 @@ def negative_curvature(
     share   and over this share of the largest eigenvalue, where that is known: below it, negative values are the usual
             edge of the bulk
     """
-    *before, last = [r for r in history.records if r.bottom is not None] or [None]
-    if last is None or last.bottom is None:
+    before, last = _split(history, "bottom")
+    if last is None or last.bottom is None or last.step != history.now:
         return None
     past = [max(-r.bottom[0], 0.0) for r in before if r.certified and r.bottom is not None and r.matrix == last.matrix]
     past = past[-window:]
@@ -194,10 +197,12 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _spread(past: Sequence[float], floor: float) -> tuple[float, float]:
-    middle = median(past)
-    scale = _CONSISTENT * median(abs(x - middle) for x in past)
-    return middle, max(scale, floor * abs(middle))
+def _split(history: History, end: Literal["top", "bottom"]) -> tuple[list[Record], Record | None]:
+    """The last record with that end of the spectrum, and those before it."""
+    if not history.records or history.records[-1].step != history.now:
+        return [], None  # it was judged when it was new
+    known = [record for record in history.records if getattr(record, end) is not None]
+    return known[:-1], known[-1] if known else None
 
 
 def _certainty(record: Record) -> Certainty:

@@ -27,8 +27,8 @@ class Products:
     def __init__(self, A: Any) -> None:
         if scope.inside_transform():
             raise TransformError(
-                "solvers with a convergence test read values, which no torch.func transform allows; inside vmap, grad "
-                "or jvp use eigenfunc.lanczos or eigenfunc.power, which run a fixed number of steps"
+                "solvers and estimators read values, which no torch.func transform allows; inside vmap, grad or jvp "
+                "use eigenfunc.lanczos, eigenfunc.power or eigenfunc.trace_probes, of a fixed number of products"
             )
         A = aslinearoperator(A)
         tree.check_vector_space(A.like, "the operator's `like`")
@@ -43,13 +43,14 @@ class Products:
         self.passes = 0
 
     def __call__(self, block: Tensor) -> Tensor:
+        flat = tree.ravel(self._images(block), self.A.like)
+        return flat if self.scale == 1.0 else torch.div(flat, self.scale)
+
+    def _images(self, block: Tensor) -> Tree:
         self.matvecs += block.shape[0]
         self.passes += 1
         vs = tree.unravel(block, self.A.like)
-        single = block.shape[0] == 1
-        image = tree.lifted(self.A.matvec(tree.row(vs, 0))) if single else self.A.matmat(vs)
-        flat = tree.ravel(image, self.A.like)
-        return flat if self.scale == 1.0 else torch.div(flat, self.scale)
+        return tree.lifted(self.A.matvec(tree.row(vs, 0))) if block.shape[0] == 1 else self.A.matmat(vs)
 
     def minibatch(self, matvec: MatVec, v: Tensor) -> Tensor:
         """The flat product (n,) with a stand-in for A, one of its mini-batches."""
@@ -68,21 +69,24 @@ class Products:
         Returns the vector (1, n) and its image.
         """
         u = self.random(generator)
-        product = self.A.matvec(tree.row(tree.unravel(u, self.A.like), 0))
-        tree.check_like(product, self.A.like, "the operator's product")
-        self.matvecs, self.passes = 1, 1
-        image = tree.ravel(product, self.A.like)[None]
-        largest = float(image.abs().max())
+        image = self.first(u)
+        other = self(0.7 * u) / 0.7
+        length = float(tree.norm(image))
+        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
+        return u, image
+
+    def first(self, block: Tensor) -> Tensor:
+        """The first products of a run, with a stack (p, n): checks their shape, sets `scale`."""
+        image = self._images(block)
+        tree.check_like(image, self.A.like, "the operator's product", stacked=True)
+        flat = tree.ravel(image, self.A.like)
+        largest = float(flat.abs().max())
         if not math.isfinite(largest):
             raise NonFiniteError(non_finite(0))
         comfortable = torch.finfo(self.dtype).tiny ** 0.25
         if largest > 0 and not comfortable < largest < 1 / comfortable:
             self.scale = 2.0 ** math.floor(math.log2(largest))
-        image = image / self.scale
-        other = self(0.7 * u) / 0.7
-        length = float(tree.norm(image))
-        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
-        return u, image
+        return flat / self.scale
 
     @property
     def roundoff(self) -> float:
@@ -136,6 +140,8 @@ def certify(products: Products, x: Tensor) -> Certified:
     x = basis.orthonormalise(x)
     image = products(x)
     g = tree.exact_gram(x, image)
+    if not bool(torch.isfinite(g).all()):
+        raise NonFiniteError(non_finite(products.matvecs))
     values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
     turn = u.mT.to(x.device)
     x, image = tree.combine(turn, x), tree.combine(turn, image)
@@ -158,6 +164,20 @@ def seeded(seed: int | None) -> tuple[torch.Generator, int]:
     if seed is None:
         seed = generator.seed() % 2**31
     return generator.manual_seed(whole(seed, "seed", 0)), seed
+
+
+def unit_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
+    """b as a flat unit vector (1, n), and its length; zero where that is zero."""
+    tree.check_like(b, products.A.like, what)
+    flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach()[None], b), products.A.like)
+    largest = float(flat.abs().max())
+    if not math.isfinite(largest):
+        raise InputError(f"{what} holds NaN or infinity")
+    if largest == 0:
+        return flat, 0.0
+    flat = flat / largest
+    length = float(tree.norm(flat))
+    return flat / length, length * largest
 
 
 def start_block(v0: Tree | None, block_size: int, products: Products, generator: torch.Generator) -> Tensor:

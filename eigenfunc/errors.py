@@ -42,7 +42,7 @@ class TransformError(EigenfuncError, RuntimeError):
 
 
 class NotConverged(EigenfuncError, RuntimeError):
-    """Not every requested eigenpair could be certified; `solution` holds what was found."""
+    """What was asked for was not reached: eigenpairs, a residual, an error; `solution` holds what was found."""
 
     def __init__(self, message: str, solution: Any) -> None:
         super().__init__(message)

@@ -129,7 +129,7 @@ class History(NamedTuple):
 
     @property
     def now(self) -> int:
-        return max((x.step for x in (*self.records[-1:], *self.observations[-1:])), default=0)
+        return max([x.step for x in self.records[-1:]] + [x.step for x in self.observations[-1:]], default=0)
 
 
 Rule = Callable[[History], Alert | None]

@@ -169,6 +169,16 @@ def exact_gram(x: Tree, y: Tree) -> Tensor:
     return total
 
 
+def dots(x: Tree, y: Tree) -> Tensor:
+    """⟨x_i, y_i⟩ (p,), in float64 throughout, for two stacks of p vectors."""
+    parts = [
+        (part * matrix(b)[:, columns].double()).sum(1)
+        for a, b in zip(leaves(x), leaves(y), strict=True)
+        for columns, part in wide(matrix(a), torch.float64)
+    ]
+    return torch.stack(parts).sum(0)
+
+
 def combine(c: Tensor, x: Tree, dtype: torch.dtype | None = None) -> Tree:
     """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf), in a dtype if one is given."""
 

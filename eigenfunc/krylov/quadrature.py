@@ -49,7 +49,9 @@ def quadrature(matvec: MatVec, v0: Tree, num_steps: int) -> Quadrature:
     Pure, as `lanczos` is: for `vmap`, `grad`, `jvp` and `torch.compile`. The derivatives of Σ w_i f(θ_i) by `v0` and by
     what `matvec` closes over are those of ⟨v, f(A) v⟩ wherever the rule is exact, multiple eigenvalues and exhausted
     spaces included: nodes closer than 1e-8 of ‖T‖ are taken as one, since as two they would have no derivatives.
-    Second derivatives are right short of that, and miss terms where nodes were joined or the space was exhausted.
+    Second derivatives are right short of that, and miss terms where nodes were joined or the space was exhausted. Where
+    two eigenvalues agree to rounding and m steps all but exhaust the space, `jvp` and `jacfwd` go through tangents so
+    large that no digit may be left; `grad` keeps some four.
     """
     run = lanczos(matvec, v0, num_steps)
     t = _jacobi(run.alphas, run.betas, run.alive)

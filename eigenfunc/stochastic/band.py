@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 _DEVIATE = NormalDist().inv_cdf(0.975)  # bands hold 95%
-_HALVINGS = 60  # to the last bit
+_CRUMB = 1e-6  # of an eigenvalue, for rounding
+_HALVINGS = 50  # of the unit interval
 _FULL = 1e40  # a sum of squared polynomials beyond which its inverse is nothing
 
 
@@ -26,20 +27,21 @@ def freedom(num_probes: int, size: int) -> float:
 
 def interval(low: Tensor, high: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
     """The shares F whose Beta(κF, κ(1 − F)) law has what was seen, which lies between `low` and `high`, in its middle
-    95%."""
-    low, high = low.clamp(0.0, 1.0), high.clamp(0.0, 1.0)
-    return _solve(torch.zeros_like(low), low, low, kappa, _DEVIATE), _solve(
-        high, torch.ones_like(high), high, kappa, -_DEVIATE
-    )
-
-
-def _solve(start: Tensor, stop: Tensor, seen: Tensor, kappa: float, target: float) -> Tensor:
-    """The F between start and stop at which `seen` deviates by `target`: by bisection, for F is monotone in it."""
+    95%: by bisection, for its deviate falls with F."""
+    seen = torch.stack([low, high]).clamp(0.0, 1.0)
+    start, stop = torch.stack([torch.zeros_like(low), seen[1]]), torch.stack([seen[0], torch.ones_like(high)])
+    target = seen.new_tensor([_DEVIATE, -_DEVIATE]).reshape(2, *[1] * low.ndim)
     for _ in range(_HALVINGS):
         middle = (start + stop) / 2
         beyond = _deviate(seen, middle, kappa) > target
         start, stop = torch.where(beyond, middle, start), torch.where(beyond, stop, middle)
-    return start if target > 0 else stop
+    return start[0], stop[1]
+
+
+def whole(low: Tensor, high: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The shares within [low, high] that a whole number of `size` eigenvalues can have; the next ones if none can."""
+    first, last = torch.ceil(size * low - _CRUMB), torch.floor(size * high + _CRUMB)
+    return first.minimum(torch.floor(size * high)) / size, last.maximum(torch.ceil(size * low)) / size
 
 
 def _deviate(seen: Tensor, share: Tensor, kappa: float) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor
 from eigenfunc.errors import InputError
 from eigenfunc.krylov.quadrature import gauss
 from eigenfunc.stochastic import band
-from eigenfunc.stochastic.probes import Probed, probe
+from eigenfunc.stochastic.chains import Probed, probe
 
 _POINTS = 1000  # of the default grid
 _WIDEST = 8  # doublings of a width of two grid points
 _SETTLED = 0.01  # of the mass may move when the rule loses a node, for a width to be wide enough
+_SHORTER = 4  # rules by which the error of the quadrature is estimated
 _CHUNK = 2**22  # entries of a kernel matrix
 
 
@@ -67,21 +68,25 @@ class Density:
         A sum of steps: exact ones of 1/n at `values`, estimated ones at the nodes. The band takes in three errors: the
         draw of the probes, whose law is known and does not depend on the matrix; the finite number of steps, by the
         inequality of Chebyshev, Markov and Stieltjes, which is a strict bound and prevails inside a bulk, where it is
-        about the weight of a node; and that eigenvalues are known to `noise` only, and `values` to their residuals.
+        about the weight of a node; and that eigenvalues are known to `noise` only, and `values` to their residuals. As
+        there can only be whole numbers of eigenvalues, it ends at multiples of 1/n. Raises `InputError` for NaN and ∞.
         """
         points = torch.as_tensor(x, dtype=torch.float64).detach().cpu().reshape(-1)
+        if not bool(torch.isfinite(points).all()):
+            raise InputError("the distribution function is asked for at finite numbers")
         shift = self._shift(points)
-        kappa = self._freedom()
         ends, exact = [], []
         for moved in (points - shift, points, points + shift):
             at = moved.expand(len(self.nodes), -1).contiguous()
-            part = band.below(self.nodes, self.weights / self._rest, at)
+            part = band.below(self.nodes, self.weights / self._rest, at).clamp_max(1.0)
             slack = band.largest_step(self.alphas, self.betas, at) + 1e-12
             ends.append(((part - slack).clamp_min(0.0).mean(0), part.mean(0), (part + slack).clamp_max(1.0).mean(0)))
-            exact.append((self.values[:, None] <= moved).sum(0) / self.n)
-        low, high = band.interval(ends[0][0], ends[2][2], kappa)
-        return exact[1] + self._rest * ends[1][1], torch.stack(
-            [exact[0] + self._rest * low, exact[2] + self._rest * high]
+            exact.append((self.values[:, None] <= moved).double().sum(0) / self.n)
+        low, high = band.interval(ends[0][0], ends[2][2], self._freedom())
+        low, high = band.whole(low, high, self.n - len(self.values))
+        share = exact[1] + self._rest * ends[1][1]
+        return share, torch.stack(
+            [(exact[0] + self._rest * low).minimum(share), (exact[2] + self._rest * high).maximum(share)]
         )
 
     def on(self, grid: Any = None, *, width: float | None = None, threshold: float | None = None) -> Density:
@@ -95,8 +100,9 @@ class Density:
                    sides. The density remains one per unit of eigenvalue
 
         The band is that of the draw, by the law of the probes for as many eigenvalues as the kernel takes in, plus
-        what rules of one and two nodes less differ by: an estimate of the error of the quadrature, and not a bound as
-        in `cdf`. Raises `InputError` for a grid that does not rise or a width that is not positive.
+        what rules of one to four nodes less differ by: an estimate of the error of the quadrature, and not a bound as
+        in `cdf`. At the default width that error is small; at a much smaller one the band can miss a tenth of the
+        points. Raises `InputError` for a grid that does not rise or a width that is not positive.
         """
         for value, what in ((width, "width"), (threshold, "threshold")):
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
@@ -105,9 +111,9 @@ class Density:
         marks = [_axis(nodes, threshold) for nodes, _ in rules]
         carrying = marks[0][rules[0][1] > 0]
         low, high = float(carrying.min()), float(carrying.max())
-        least = 2 * (high - low) / _POINTS or 1e-3 * max(abs(high), self.noise, 1e-300)
         if width is None:
-            width = self._settled(rules, marks, low, high, least)
+            least = max(1e-6 * max(abs(low), abs(high)), self.noise / (threshold or 1.0)) or 1e-6
+            width = self._settled(rules, marks, low, high, max(least, 2 * (high - low) / _POINTS))
         if grid is None:
             u = torch.linspace(low - 4 * width, high + 4 * width, _POINTS, dtype=torch.float64)
             points = u if threshold is None else threshold * torch.sinh(u)
@@ -148,10 +154,10 @@ class Density:
         return self.noise + torch.where(scale > 0, 4 * r * (r / torch.where(scale > 0, scale + eta, 1.0)), 0.0)
 
     def _rules(self) -> list[tuple[Tensor, Tensor]]:
-        """Nodes and weights (p, m), of unit sum, and those of rules one and two nodes shorter."""
-        steps = self.alphas.shape[1]
-        alive = band.alive(self.betas)
-        shorter = [gauss(self.alphas[:, :m], self.betas[:, :m], alive[:, :m]) for m in (steps - 1, steps - 2) if m > 0]
+        """Nodes and weights (p, m), of unit sum, and those of rules one to `_SHORTER` nodes shorter."""
+        steps, alive = self.alphas.shape[1], band.alive(self.betas)
+        lengths = range(steps - 1, max(0, steps - 1 - _SHORTER), -1)
+        shorter = [gauss(self.alphas[:, :m], self.betas[:, :m], alive[:, :m]) for m in lengths]
         return [(self.nodes, self.weights / self._rest), *((rule.nodes, rule.weights) for rule in shorter)]
 
     def _settled(

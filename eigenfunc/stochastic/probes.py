@@ -1,181 +1,89 @@
-"""Lanczos from several random vectors that advance together, in the complement of known eigenvectors."""
+"""Random probes, and their products in blocks of bounded size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
+from torch import Generator, Tensor
 
-from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, certify, non_finite, seeded, whole
-from eigenfunc.errors import InputError, NonFiniteError, NotConverged
-from eigenfunc.krylov import basis, lanczos as kernel
-from eigenfunc.plan import ROOMY
-from eigenfunc.solution import Status
+from eigenfunc import tree
+from eigenfunc.certificate import Products, non_finite, whole
+from eigenfunc.errors import InputError, NonFiniteError
 
-_ALIEN = 0.01  # of the largest value: a residual beyond which pairs belong to another matrix
+_BLOCK = 32  # probes multiplied at once at most
+_ENTRIES = 2**26  # entries of a block of probes, unless it is a single one
 
 
-class Probed(NamedTuple):
-    """What was learnt, on the CPU, in the operator's own units."""
-
-    alphas: Tensor  # (p, m) float64
-    betas: Tensor  # (p, m)
-    values: Tensor  # (k,)
-    residuals: Tensor  # (k,)
-    size: int
-    noise: float
-    matvecs: int
-    passes: int
-    seed: int
+def budget(given: Any, least: int, n: int, what: str = "num_matvecs") -> int:
+    """The products or probes to be spent: as many as given, and n at most, for with those everything is known."""
+    count = whole(given, what, 1)
+    if count < min(least, n):
+        raise InputError(f"{what} must be at least {least}, got {count}: a single sample has no standard error")
+    return min(count, n)
 
 
-class _Known(NamedTuple):
-    values: Tensor  # (k,)
-    residuals: Tensor  # (k,)
-    vectors: Tensor  # (k, n), orthonormal
-
-    def without(self, block: Tensor) -> Tensor:
-        """The part of the rows of `block` (p, n) that is orthogonal to the vectors."""
-        if len(self.vectors):
-            for _ in range(2):
-                block = basis.subtract(block, tree.gram(self.vectors, block), self.vectors)
-        return block
+def normal(count: int, products: Products, generator: Generator) -> Tensor:
+    """Independent standard normal entries (count, n)."""
+    return _drawn(count, products, lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64))
 
 
-class _Advanced(NamedTuple):
-    alphas: Tensor  # (p, m)
-    betas: Tensor  # (p, m)
-    anorm: float  # largest ‖A q‖ seen, a lower bound of ‖A‖
-    asym: float  # largest departure from symmetry
+def sphere(count: int, products: Products, generator: Generator) -> Tensor:
+    """Vectors (count, n) of length √n, uniform in direction."""
+
+    def draw(shape: tuple[int, int]) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x *= math.sqrt(products.size) / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return x
+
+    return _drawn(count, products, draw)
 
 
-def probe(
-    A: Any, num_probes: int, num_steps: int, pairs: Any, seed: int | None, block_size: int | None, progress: bool
-) -> Probed:
-    """See `spectral_density`."""
-    products = Products(A)
-    num_probes, num_steps = whole(num_probes, "num_probes", 1), whole(num_steps, "num_steps", 2)
-    given = _given(pairs, products)
-    steps = min(num_steps, products.size - len(given))
-    room = max(1, ROOMY // (products.size * (steps + 1)))
-    together = min(num_probes, room if block_size is None else whole(block_size, "block_size", 1))
-    generator, seed = seeded(seed)
-    with (
-        scope.full_precision(products.device),
-        torch.no_grad(),
-        tqdm(disable=not progress, desc="density", unit=" products", leave=False) as bar,
-    ):
-        _, image = products.calibrate(generator)
-        known = _verified(products, given, float(tree.norm(image)))
-        parts = []
-        for start in range(0, num_probes, together):
-            count = min(together, num_probes - start)
-            block = torch.cat([products.random(generator) for _ in range(count)])
-            parts.append(_advance(products, known, block, steps, start, lambda: bar.update(products.matvecs - bar.n)))
-    anorm = max([*(part.anorm for part in parts), *known.values.abs().tolist()])
-    asym = max(part.asym for part in parts)
-    _check_symmetry(products, anorm, asym)
-    return Probed(
-        torch.cat([part.alphas for part in parts]) * products.scale,
-        torch.cat([part.betas for part in parts]) * products.scale,
-        known.values * products.scale,
-        known.residuals * products.scale,
-        products.size,
-        math.sqrt(steps) * products.rounding(anorm) * products.scale,
-        products.matvecs,
-        products.passes,
-        seed,
-    )
+def signs(count: int, products: Products, generator: Generator) -> Tensor:
+    """Entries ±1 (count, n)."""
+    return _drawn(count, products, lambda shape: 2 * torch.randint(0, 2, shape, generator=generator) - 1)
 
 
-def _given(pairs: Any, products: Products) -> Tensor:
-    """The vectors of `pairs`, flat (k, n)."""
-    like = products.A.like
-    if pairs is None:
-        return torch.empty(0, products.size, dtype=products.dtype, device=products.device)
-    if not hasattr(pairs, "vectors"):
-        raise InputError(f"pairs must have `vectors`, as a Solution does; got a {type(pairs).__name__}")
-    full = tree.tree_map(lambda leaf: leaf.to(torch.promote_types(leaf.dtype, torch.float32)), like)
-    tree.check_like(pairs.vectors, full, "pairs.vectors", stacked=True)
-    flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach(), pairs.vectors), like)
-    if len(flat) >= products.size:
-        raise InputError(f"pairs hold {len(flat)} vectors, and n = {products.size}: there is no rest to estimate")
-    lengths = tree.norms(flat)
-    if not bool(torch.isfinite(lengths).all()) or not bool((lengths > 0).all()):
-        raise InputError("pairs.vectors hold NaN, infinity, or a vector that is zero")
-    return flat / lengths[:, None].to(flat)
+def _drawn(count: int, products: Products, draw: Callable[[tuple[int, int]], Tensor]) -> Tensor:
+    """Drawn on the CPU, so that seeds carry over devices, and a block at a time, for their dtype is a wide one."""
+    out = torch.empty(count, products.size, dtype=products.dtype, device=products.device)
+    for start, size in blocks(count, products):
+        out[start : start + size] = draw((size, products.size))
+    return out
 
 
-def _verified(products: Products, given: Tensor, size: float) -> _Known:
-    """Rayleigh–Ritz by fresh products; refuses vectors that are not eigenvectors of this matrix."""
-    if len(given) == 0:
-        none = torch.empty(0, dtype=torch.float64)
-        return _Known(none, none, given)
-    found = certify(products, given)
-    worst = float(tree.norm(found.residuals))
-    limit = _ALIEN * max(float(found.values.abs().max()), size)
-    if worst > limit or found.orthogonality > _ALIEN:
-        raise InputError(
-            f"pairs are no orthonormal eigenvectors of this matrix: residual {worst * products.scale:.2g}, over "
-            f"{_ALIEN:.0%} of the largest value, or overlap {found.orthogonality:.2g}. Solve for them at the same "
-            "parameters and on the same data"
-        )
-    return _Known(found.values, found.residuals, found.vectors)
+def units(start: int, count: int, products: Products) -> Tensor:
+    """Rows start, …, start + count − 1 of the identity."""
+    block = torch.zeros(count, products.size, dtype=products.dtype, device=products.device)
+    block[torch.arange(count), start + torch.arange(count)] = 1
+    return block
 
 
-def _advance(
-    products: Products, known: _Known, block: Tensor, steps: int, first: int, report: Callable[[], Any]
-) -> _Advanced:
-    """`steps` steps from each row of `block` (p, n), one sweep over the data a step; a probe whose space is exhausted
-    takes no further part. `first` is the number of the first probe."""
-
-    def again(large: Tensor) -> bool:
-        return large.device.type != "cpu" or bool(large)
-
-    q = known.without(block)
-    q = q / tree.norms(q)[:, None].to(q)
-    states: list[kernel.State] = []
-    running = list(range(len(block)))
-    for j in range(steps):
-        images = known.without(products(q))
-        if j == 0:
-            states = [kernel.init(q[p : p + 1], images[p : p + 1], steps + 1) for p in running]
-        for row, p in enumerate(running):
-            states[p] = kernel.absorb(states[p], images[row : row + 1], j, again=again)
-        report()
-        flags = torch.stack([torch.stack([states[p].finite.double(), states[p].alive[j + 1]]) for p in running]).cpu()
-        for p, (finite, _) in zip(running, flags.tolist(), strict=True):
-            if not finite:
-                raise NonFiniteError(f"step {j + 1} of probe {first + p + 1}: {non_finite(products.matvecs)}")
-        running = [p for p, (_, alive) in zip(running, flags.tolist(), strict=True) if alive]
-        if not running or j + 1 == steps:
-            break
-        q = torch.cat([states[p].basis[j + 1 : j + 2] for p in running])
-        if len(known.vectors):  # a short residual is mostly rounding, and that is not orthogonal to anything
-            q = known.without(q)
-            q = q / tree.norms(q)[:, None].to(q)
-            for row, p in enumerate(running):
-                states[p].basis[j + 1] = q[row]
-    t = torch.stack([state.t for state in states]).cpu()
-    return _Advanced(
-        torch.diagonal(t, dim1=1, dim2=2)[:, :steps].contiguous(),
-        torch.diagonal(t, offset=-1, dim1=1, dim2=2)[:, :steps].contiguous(),
-        max(float(state.anorm) for state in states),
-        max(float(state.asym) for state in states),
-    )
+def blocks(count: int, products: Products, room: int = 1) -> Iterator[tuple[int, int]]:
+    """(start, size) of the blocks in which `count` probes are multiplied, each with `room` vectors to keep."""
+    size = min(max(_ENTRIES // (room * products.size), 1), _BLOCK)
+    for start in range(0, count, size):
+        yield start, min(size, count - start)
 
 
-def _check_symmetry(products: Products, anorm: float, asym: float) -> None:
-    skew, explained = asym / anorm if anorm > 0 else 0.0, products.explained(anorm)
-    if skew > explained:
-        raise NotConverged(
-            f"{Status.NOT_SYMMETRIC}: ⟨u, A v⟩ and ⟨v, A u⟩ differ by {skew:.1e} of ‖A‖, where rounding explains "
-            f"{explained:.1e}, and the density would be none of A. Use (A + Aᵀ)/2, or find what makes the products "
-            "inconsistent",
-            None,
-        )
+def multiplied(products: Products, block: Tensor) -> Tensor:
+    """A z / scale for a stack of probes z (p, n); `NonFiniteError` where one is NaN or infinite."""
+    image = products.first(block) if products.passes == 0 else products(block)
+    if not bool(torch.isfinite(image).all()):
+        raise NonFiniteError(non_finite(products.matvecs))
+    return image
+
+
+def all_multiplied(products: Products, rows: Tensor) -> Tensor:
+    """As `multiplied`, for any number of rows."""
+    out = torch.empty_like(rows)
+    for start, size in blocks(len(rows), products):
+        out[start : start + size] = multiplied(products, rows[start : start + size])
+    return out
+
+
+def grain(products: Products) -> float:
+    """The relative error that rounding leaves in a product and an inner product with it."""
+    return 4 * max(products.eps, tree.coarsest_eps(products.A.like))
