@@ -22,16 +22,20 @@ from tests.helpers import dense_hessian
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def check_edge(told: dict[str, Any], start: float, late: tuple[float, float], fall: float) -> None:
-    assert told["start"] < start
-    assert told["crosses"] > 0
-    assert late[0] <= told["late"] <= late[1]
-    assert told["fall"] >= fall
+def missed(told: dict[str, Any], start: float, late: tuple[float, float]) -> list[str]:
+    """What of the fact does not hold: λ₁ starts low, reaches its limit, hovers there, and the loss halves from then on."""
+    held = {
+        "start": told["start"] < start,
+        "crosses": (told["crosses"] or 0) > 0,
+        "late": late[0] <= told["late"] <= late[1],
+        "fall": (told["fall"] or 0) >= 2,
+    }
+    return [f"{name}: {told[name]}" for name, ok in held.items() if not ok]
 
 
 def test_gradient_descent_sharpens_to_the_edge_and_still_learns() -> None:
     setting = edge.Setting(edge.SMALL, "gd", 0.2, 500, every=20)
-    check_edge(edge.figures(edge.run(setting, 0)), 0.6, (0.97, 1.08), 2)
+    assert not missed(edge.figures(edge.run(setting, 0)), 0.6, (0.97, 1.08))
 
 
 def test_three_classes_make_two_outliers_under_cross_entropy() -> None:
@@ -145,7 +149,7 @@ def test_the_page_says_what_its_figures_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in edge.SETTINGS if name.startswith("GD")])
 def test_edge_of_stability(name: str, seed: int) -> None:
     start = 0.52 if "0.2" in name else 0.5  # at η = 0.2 one of the three seeds starts at 0.511
-    check_edge(edge.figures(edge.run(edge.SETTINGS[name], seed)), start, (0.97, 1.08), 2)
+    assert not missed(edge.figures(edge.run(edge.SETTINGS[name], seed)), start, (0.97, 1.08))
 
 
 @pytest.mark.slow
@@ -154,8 +158,8 @@ def test_edge_of_stability_of_heavy_ball_and_adam(seed: int) -> None:
     ball, adam = (
         edge.figures(edge.run(setting, seed)) for setting in edge.SETTINGS.values() if setting.optimiser != "gd"
     )
-    check_edge(ball, 0.5, (0.88, 1.05), 2)
-    check_edge(adam, 0.1, (0.88, 1.05), 2)
+    assert not missed(ball, 0.5, (0.88, 1.05))
+    assert not missed(adam, 0.1, (0.88, 1.05))
 
 
 @pytest.mark.slow
