@@ -23,7 +23,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def missed(told: dict[str, Any], start: float, late: tuple[float, float]) -> list[str]:
-    """What of the fact does not hold: λ₁ starts low, reaches its limit, hovers there, and the loss halves from then on."""
+    """What does not hold of: λ₁ starts low, reaches its limit, hovers there, and the loss halves from then on."""
     held = {
         "start": told["start"] < start,
         "crosses": (told["crosses"] or 0) > 0,
