@@ -196,7 +196,7 @@ def test_batch_norm_suppresses_outliers(seed: int) -> None:
 
 @pytest.mark.slow
 def test_most_of_the_spectrum_is_near_zero() -> None:
-    told = tables.bulk(outliers.density()[1])
+    told = tables.bulk(outliers.density())
     assert told["within 0.1"][1] > 0.95
 
 

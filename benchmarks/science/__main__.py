@@ -1,6 +1,7 @@
 """Published facts on the digits, all figures and tables of docs/science.md: `python -m benchmarks.science`.
 
-About fifteen minutes on one core. Each run is kept under --keep as it ends, and not made again.
+Some six minutes on one core. Each run is kept under --keep as it ends, and not made again: after a change of what a run
+does, give another folder.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def main() -> None:
     pictures.edges(edges, figures / "edge.png")
     spectra = outliers.runs(keep)
     pictures.outliers(spectra, figures / "outliers.png")
-    shown, whole = outliers.density()
-    pictures.density(shown, figures / "density.png")
+    whole = outliers.density()
+    pictures.density(whole, figures / "density.png")
     records = alarms.runs(keep, progress=True)
     told = {
         "edge": edge.summary(edges),
