@@ -108,7 +108,7 @@ def test_nothing_seeds_or_draws_from_the_global_random_state(path: Path) -> None
             assert not seeds, f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("path", [*FILES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")], ids=module_of)
+@pytest.mark.parametrize("path", [*FILES, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/**/*.py")], ids=module_of)
 def test_files_and_functions_stay_readable(path: Path) -> None:
     source = path.read_text()
     assert source.count("\n") <= 400
