@@ -70,14 +70,19 @@ def optimizer_limit(optimizer: Optimizer, rate: float | None = None) -> tuple[fl
 
 
 def stability(history: History, *, ratio: float = 1.0) -> Alert | None:
-    """The last λ₁ over the stability limit of the current rate exceeds `ratio`.
+    """The last λ₁ over the stability limit of the current rate exceeds `ratio`: the largest since a certified look.
 
     It is asked at every training step, so a jump of the rate fires at once, before the step is taken. At 1 a quadratic
     would diverge. Training at the edge of stability (full batch, mean squared error) hovers there for long and thrives;
     momentum can blow up from about 0.2 on if the rate jumps, for the velocity of before overshoots.
     """
-    seen = next((record for record in reversed(history.records) if record.top is not None), None)
     now = next((x for x in reversed(history.observations) if x.limit is not None), None)
+    seen: Record | None = None
+    for record in reversed(history.records):
+        if record.top is not None and (seen is None or seen.top is None or record.top > seen.top):
+            seen = record
+        if record.certified:
+            break
     if seen is None or seen.top is None or now is None or now.limit is None:
         return None
     value, threshold = seen.top[0], ratio * now.limit

@@ -235,18 +235,18 @@ def track(records: Sequence[Record], alerts: Sequence[Alert] = (), ax: Axes | No
 
 
 def _alerted(axes: Any, alerts: Iterable[Alert]) -> None:
-    """A line where each rule's first alerts are, with the number of the rule; the legend says which it is."""
+    """A numbered line at each rule's first alert, marks on the upper edge at all; the legend names the rules."""
     steps: dict[str, list[int]] = {}
-    for alert in alerts:
+    for alert in sorted(alerts, key=lambda alert: alert.step):
         steps.setdefault(alert.rule, []).append(alert.step)
+    edge = axes.get_xaxis_transform()
     for number, (rule, at) in enumerate(steps.items(), 1):
         count = f" ({len(at)} times)" if len(at) > 1 else ""
-        for i, step in enumerate(at):
-            label = f"{number}: {rule}{count}" if i == 0 else None
-            axes.axvline(step, color=DOWN, lw=1, ls=":", label=label)
+        axes.axvline(at[0], color=DOWN, lw=1, ls=":", label=f"{number}: {rule}{count}")
+        axes.plot(at, [1.0] * len(at), "v", color=DOWN, ms=4, mew=0, transform=edge, clip_on=False)
         axes.text(
-            at[0], 1.0, str(number), color=DOWN, ha="center", va="bottom", fontsize=9,
-            transform=axes.get_xaxis_transform(),
+            at[0], 1.0 - 0.055 * number, str(number), color=DOWN, ha="center", va="center", fontsize=9, transform=edge,
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": DOWN, "linewidth": 0.6},
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from eigenfunc.tree import Tree
 _KEPT = 128  # records and observations that rules see
 _GRADIENTS = 2.5  # what a product costs, about, before one was timed
 _QUIET = 100  # steps after which an alert of the same rule is news again
-_WORSE = 2.0  # or if it is this many times as far over the threshold
+_WORSE = 2.0  # or if it is this many times the square of how far over the threshold it was
 _SAME = math.sqrt(0.5)  # overlaps beyond are with one vector at most, since squares sum to 1
 
 
@@ -183,7 +183,7 @@ class Tracking:
         for alert in found:
             severity = abs(alert.value / alert.threshold) if alert.threshold else 0.0
             before, last = told.get(alert.rule, (0.0, -math.inf))
-            if alert.step - last > _QUIET or severity > _WORSE * before:
+            if alert.step - last > _QUIET or severity > _WORSE * before**2:
                 raised.append(alert)
                 before = severity
             told = {**told, alert.rule: (before, alert.step)}
