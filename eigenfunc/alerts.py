@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from statistics import median
+from operator import attrgetter
 from typing import Literal
 
 from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RAdam, RMSprop
@@ -70,14 +70,19 @@ def optimizer_limit(optimizer: Optimizer, rate: float | None = None) -> tuple[fl
 
 
 def stability(history: History, *, ratio: float = 1.0) -> Alert | None:
-    """The last λ₁ over the stability limit of the current rate exceeds `ratio`.
+    """The last λ₁ over the stability limit of the current rate exceeds `ratio`: the largest since a certified look.
 
     It is asked at every training step, so a jump of the rate fires at once, before the step is taken. At 1 a quadratic
     would diverge. Training at the edge of stability (full batch, mean squared error) hovers there for long and thrives;
     momentum can blow up from about 0.2 on if the rate jumps, for the velocity of before overshoots.
     """
-    seen = next((record for record in reversed(history.records) if record.top is not None), None)
     now = next((x for x in reversed(history.observations) if x.limit is not None), None)
+    seen: Record | None = None
+    for record in reversed(history.records):
+        if record.top is not None and (seen is None or seen.top is None or record.top > seen.top):
+            seen = record
+        if record.certified:
+            break
     if seen is None or seen.top is None or now is None or now.limit is None:
         return None
     value, threshold = seen.top[0], ratio * now.limit
@@ -99,41 +104,46 @@ def jump(
 ) -> Alert | None:
     """A rise out of the ordinary: a robust z-score, (x − median)/(1.4826 · MAD) of the values before, over `threshold`.
 
-    threshold  normal noise passes 6 once in 10⁹ values; losses of mini-batches have heavier tails, and trends add: a
-               steady rise scores 1.3
+    Scores are of logarithms where all values are positive, for what multiplies; of the values themselves elsewhere.
+
+    threshold  normal noise passes 6 once in 10⁹ values; mini-batches have heavier tails, and a steady rise adds 1.3
     window     values before that count: short ones forget trends, long ones are less noisy
     least      fewer values make no judgement
-    floor      the scale is at least this share of the median, so that quiet times do not make alarms of nothing
+    floor      the scale is at least this (as a share of the median: 0.05 is 5%), so that quiet times do not make
+               alarms of nothing
 
     (MAD is the median absolute deviation: B. Iglewicz and D. Hoaglin, How to detect and handle outliers, 1993, who
     suggest 3.5 for single tests.)
     """
     if of == "λ₁":
         before, last = _split(history, "top")
-        if last is None or last.top is None or last.step != history.now:
+        if last is None or last.top is None:
             return None
-        past = [r.top[0] for r in before if r.certified and r.top is not None and r.matrix == last.matrix]
-        value, certainty = last.top[0], _certainty(last)
+        past = [r.top[0] for r in before if r.certified and r.top is not None and r.matrix == last.matrix][-window:]
+        value, certainty, words, where = last.top[0], _certainty(last), _words(last, of, *last.top), "certified looks"
     else:
-        *past, now = [getattr(x, of) for x in history.observations[-window - 1 :]] or [None]
+        now = getattr(history.observations[-1], of) if history.observations else None
         if now is None or not math.isfinite(now):
             return None
-        past, value, certainty = [x for x in past if x is not None and math.isfinite(x)], now, "observed"
-        last = None
-    past = sorted(past[-window:])
+        known = map(attrgetter(of), history.observations[-window - 1 : -1])
+        past = [x for x in known if x is not None and math.isfinite(x)]
+        value, certainty, words, where = now, "observed", f"{of} = {now:.4g}", "steps"
     if len(past) < least:
         return None
-    middle = median(past)
-    scale = floor * abs(middle)
-    if value - middle > threshold * scale:
-        scale = max(_CONSISTENT * median(abs(x - middle) for x in past), scale)
-    if not value - middle > threshold * scale:
+    past.sort()
+    ratios = past[0] > 0 and value > 0
+    middle = _middle(past)
+    rise = math.log(value / middle) if ratios else value - middle
+    scale = floor if ratios else floor * abs(middle)
+    if rise > threshold * scale:
+        away = sorted(abs(math.log(x / middle) if ratios else x - middle) for x in past)
+        scale = max(_CONSISTENT * _middle(away), scale)
+    if not rise > threshold * scale:
         return None
-    words = f"{of} = {value:.4g}" if last is None or last.top is None else _words(last, of, *last.top)
-    where = "steps" if last is None else "certified looks"
-    score = (value - middle) / scale if scale > 0 else math.inf
+    score = rise / scale if scale > 0 else math.inf
     text = f"{words} is {score:.3g} robust deviations above the median {middle:.4g} of {len(past)} {where}"
-    return Alert(f"jump of {of}", history.now, text, value, middle + threshold * scale, certainty)
+    held = middle * math.exp(threshold * scale) if ratios else middle + threshold * scale
+    return Alert(f"jump of {of}", history.now, text, value, held, certainty)
 
 
 def negative_curvature(
@@ -146,19 +156,20 @@ def negative_curvature(
             edge of the bulk
     """
     before, last = _split(history, "bottom")
-    if last is None or last.bottom is None or last.step != history.now:
+    if last is None or last.bottom is None:
         return None
     past = [max(-r.bottom[0], 0.0) for r in before if r.certified and r.bottom is not None and r.matrix == last.matrix]
     past = past[-window:]
     if len(past) < least:
         return None
     top = max(last.top[0], 0.0) if last.top is not None else 0.0
-    threshold = -max(factor * median(past), share * top, 0.0)
+    middle = _middle(sorted(past))
+    threshold = -max(factor * middle, share * top)
     value = last.bottom[0]
     if not value < threshold:
         return None
     words = _words(last, "the smallest eigenvalue", *last.bottom)
-    text = f"{words}, the median of {len(past)} looks before {-median(past):.4g}"
+    text = f"{words}, the median of {len(past)} looks before {-middle:.4g}"
     return Alert("negative curvature", history.now, text, value, threshold, _certainty(last))
 
 
@@ -198,11 +209,17 @@ RULES: tuple[Rule, ...] = (
 
 
 def _split(history: History, end: Literal["top", "bottom"]) -> tuple[list[Record], Record | None]:
-    """The last record with that end of the spectrum, and those before it."""
-    if not history.records or history.records[-1].step != history.now:
-        return [], None  # it was judged when it was new
+    """The last record, if it is new and holds that end of the spectrum, and those before it that do."""
     known = [record for record in history.records if getattr(record, end) is not None]
-    return known[:-1], known[-1] if known else None
+    if not known or known[-1] is not history.records[-1] or known[-1].step != history.now:
+        return [], None  # it was judged when it was new
+    return known[:-1], known[-1]
+
+
+def _middle(rising: list[float]) -> float:
+    """The median."""
+    half, odd = divmod(len(rising), 2)
+    return rising[half] if odd else (rising[half - 1] + rising[half]) / 2
 
 
 def _certainty(record: Record) -> Certainty:

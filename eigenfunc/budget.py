@@ -18,7 +18,8 @@ class Ledger(NamedTuple):
     look    the cost of the dearer of the last two looks, or a guess; NaN before the first
     before  that of the last look
     glance  the cost of the last glance, or a guess
-    marked  credit left after the last look or glance
+    kept    credit left after the last look, which waits for a dearer one
+    marked  that after the last look or glance
     """
 
     begun: float = math.nan
@@ -26,6 +27,7 @@ class Ledger(NamedTuple):
     look: float = math.nan
     before: float = 0.0
     glance: float = math.nan
+    kept: float = 0.0
     marked: float = 0.0
 
     def started(self, now: float) -> Ledger:
@@ -42,7 +44,7 @@ class Ledger(NamedTuple):
     def affordable(self, now: float, share: float, known: bool) -> Depth | None:
         """What may be done now. Half of the credit goes into glances, where there are vectors, half is saved."""
         credit = self.credit(now, share)
-        if credit >= self.look:
+        if credit - self.kept >= self.look:
             return "look"
         worth = known and _RATIO * self.glance <= self.look
         return "glance" if worth and credit >= self.glance and credit - self.marked >= 2 * self.glance else None
@@ -55,4 +57,7 @@ class Ledger(NamedTuple):
             paid = paid._replace(look=max(seconds, self.before), before=seconds)
         elif depth == "glance":
             paid = paid._replace(glance=seconds)
-        return paid if depth is None else paid._replace(marked=paid.credit(now, share))
+        left = paid.credit(now, share)
+        if depth == "look":
+            paid = paid._replace(kept=max(left, 0.0))
+        return paid if depth is None else paid._replace(marked=left)

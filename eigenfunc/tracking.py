@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ from eigenfunc.tree import Tree
 
 _KEPT = 128  # records and observations that rules see
 _GRADIENTS = 2.5  # what a product costs, about, before one was timed
+_QUIET = 100  # steps after which an alert of the same rule is news again
+_WORSE = 2.0  # or if it is this many times the square of how far over the threshold it was
 _SAME = math.sqrt(0.5)  # overlaps beyond are with one vector at most, since squares sum to 1
 
 
@@ -38,7 +41,7 @@ class State(NamedTuple):
 
     vectors  (k, *leaf), the last ones; ids: their numbers; born: numbers given out
     records, observations   the last 128
-    active   names of the rules that hold now: an alert is raised when its rule begins to hold
+    told     rule -> (how far over its threshold when it was raised, the step at which it last held)
     raised   alerts of the last call
     calls    how many
     """
@@ -48,7 +51,7 @@ class State(NamedTuple):
     born: int = 0
     records: tuple[Record, ...] = ()
     observations: tuple[Observation, ...] = ()
-    active: frozenset[str] = frozenset()
+    told: Mapping[str, tuple[float, int]] = MappingProxyType({})
     raised: tuple[Alert, ...] = ()
     calls: int = 0
     ledger: Ledger = Ledger()
@@ -141,13 +144,12 @@ class Tracking:
             if not bool(tree.all_finite(point)):
                 return state, None if state.records else "look"
             _synchronised(tree.device(point))
-            before = self.clock()
-            gradient(self.loss, point, self.data)
-            after = self.clock()
-            product = _GRADIENTS * (after - before)
+            for _ in range(2):  # the first one warms up
+                before = self.clock()
+                gradient(self.loss, point, self.data)
+                product = _GRADIENTS * (self.clock() - before)
             count = 25 + 2 * self.k + self.trace_matvecs
-            ledger = ledger._replace(look=product * count, glance=product * (self.k + 3), spent=after - before)
-            return state._replace(ledger=ledger), None
+            return state._replace(ledger=ledger._replace(look=product * count, glance=product * (self.k + 3))), None
         depth = ledger.affordable(now, self.max_overhead, state.vectors is not None)
         broken = len(state.records) > 0 and not state.records[-1].finite
         if depth is not None and broken and not bool(tree.all_finite(parameters(params))):
@@ -166,15 +168,26 @@ class Tracking:
         return rate, limit
 
     def _judged(self, state: State, seen: Observation) -> State:
-        """Observations of the same step are merged; rules that begin to hold raise an alert."""
+        """Observations of the same step are merged; what begins to hold, or gets much worse, is an alert."""
         past = state.observations
         if past and past[-1].step == seen.step:
-            new = {name: value for name, value in seen._asdict().items() if value is not None}
-            past, seen = past[:-1], past[-1]._replace(**new)
+            known = past[-1]
+            seen = known._replace(**{name: value for name, value in seen._asdict().items() if value is not None})
+            if seen == known and (not state.records or state.records[-1].step != seen.step):
+                return state._replace(raised=())  # nothing is new
+            past = past[:-1]
         state = state._replace(observations=(*past, seen)[-_KEPT:])
-        found = [alert for rule in self.rules if (alert := rule(state.history)) is not None]
-        raised = tuple(alert for alert in found if alert.rule not in state.active)
-        return state._replace(active=frozenset(alert.rule for alert in found), raised=raised)
+        history = state.history
+        found = [alert for rule in self.rules if (alert := rule(history)) is not None]
+        told, raised = state.told, []
+        for alert in found:
+            severity = abs(alert.value / alert.threshold) if alert.threshold else 0.0
+            before, last = told.get(alert.rule, (0.0, -math.inf))
+            if alert.step - last > _QUIET or severity > _WORSE * before**2:
+                raised.append(alert)
+                before = severity
+            told = {**told, alert.rule: (before, alert.step)}
+        return state._replace(told=told, raised=tuple(raised))
 
     def _seen(self, state: State, params: Tree, step: int, depth: Depth) -> tuple[State, Record]:
         blank = Record(step, which=self.which, kind=depth, matrix=self._name())
