@@ -107,6 +107,7 @@ _JUMPS: tuple[Rule, ...] = (
     partial(jump, of="loss", window=50, least=20),
     partial(jump, of="grad_norm", window=50, least=20),
 )
+_OTHERS: tuple[Rule, ...] = (*_JUMPS, repeated_batch, non_finite)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ MONITORS = {
     "`jump` of loss or gradient norm": Monitor(shipped(*_JUMPS), 0.5),
     "`repeated_batch`": Monitor(shipped(repeated_batch), 0.5),
     "`non_finite`": Monitor(shipped(non_finite), 0.5),
-    "the library's rules together": Monitor(shipped(stability, *_JUMPS, repeated_batch, non_finite), 0.5),
+    "the library's rules together": Monitor(shipped(stability, *_OTHERS), 0.5),
+    "the same, `stability` at 0.4": Monitor(shipped(partial(stability, ratio=0.4), *_OTHERS), 0.5),
 }
 
 
