@@ -135,6 +135,59 @@ def test_scores_and_thresholds() -> None:
     assert rules.doubled({"run": {"at": 1}, "held": [9.0, 1.0, math.nan]}) == 2
 
 
+def test_the_plan_is_large_enough_and_fresh_runs_are_others() -> None:
+    plan, fresh = alarms.planned(), alarms.planned(fresh=True)
+    assert plan == alarms.planned()
+    assert sum(run.healthy for run in plan) >= 100
+    assert sum(not run.healthy for run in plan) >= 200
+    assert {run.seed for run in plan}.isdisjoint(run.seed for run in fresh)
+    for run in plan:
+        rates = [alarms.rate_at(run, step) for step in range(alarms.STEPS)]
+        assert max(rates) == (run.factor if run.kind.startswith("jump") else 1)
+        assert (max(rates) > 1) == (rates[run.at] > 1 and rates[run.at - 1] == 1)
+
+
+def made(optimiser: str, kind: str, rises: int | None, doubles: int | None) -> dict[str, Any]:
+    """20 steps, changed at 10: λ₁ over the limit goes from 0.1 to 3 at one step, the loss from 1 to 5 at another."""
+    limit = alarms.LIMITS[optimiser]
+    return {
+        "run": {"optimiser": optimiser, "kind": kind, "at": 10, "factor": 10},
+        "top": [limit * (0.1 if rises is None or t < rises else 3.0) for t in range(20)],
+        "rate": [1.0] * 20,
+        "held": [1.0 if doubles is None or t < doubles else 5.0 for t in range(20)],
+    }
+
+
+def test_runs_are_counted_for_what_they_are() -> None:
+    healthy = [made(o, "constant", None, None) for o in alarms.OPTIMISERS for _ in range(4)]
+    healthy += [made("SGD", "decay", 15, None), made("SGD", "decay", 15, None)]
+    faults = [
+        made("SGD", "jump", 10, 12),  # caught
+        made("SGD", "jump", 12, 12),  # too late
+        made("SGD", "jump", 5, 12),  # before the fault: a false alarm, and no catch
+        made("Adam", "jump", 11, 12),  # caught
+        made("Adam", "jump", 10, None),  # did no harm
+        made("momentum", "jump", None, 11),  # missed
+        made("momentum", "labels shuffled", 14, 11),
+    ]
+    records = [*healthy, made("SGD", "constant", None, 15), *faults]  # and one that was not healthy after all
+    assert rules.sound(records) == healthy
+    told = rules.outcome(rules.Monitor(rules.ratio, 1.0), records)
+    assert told["false of all"] == [2, 14]
+    assert told["false"] == [1, 7]
+    assert told["false by kind"]["decay"] == [1, 1]
+    assert told["mean false"] == pytest.approx(1 / 7)
+    assert [told[o] for o in ("SGD", "momentum", "Adam")] == [[1, 3], [0, 1], [1, 1]]
+    assert told["caught"] == told["by factor"]["10"] == [2, 5]
+    assert told["other jumps"] == [1, 1]
+    assert told["labels shuffled"] == [1, 1, 4]
+    tune, test = rules.halves(healthy, 3)
+    assert len(tune) == len(test) == 7
+    assert rules.Judged(rules.Monitor(rules.ratio), healthy).thresholds(tune)["Adam"] == pytest.approx(3)
+    each = rules.Judged(rules.Monitor(rules.ratio, each=True), healthy).thresholds(tune)
+    assert (each["SGD"], each["Adam"]) == (pytest.approx(3), pytest.approx(0.1))
+
+
 def test_the_page_says_what_its_figures_say(tmp_path: Path) -> None:
     told = json.loads((DOCS / "science.json").read_text())
     page = (DOCS / "science.md").read_text()

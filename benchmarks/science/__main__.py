@@ -32,11 +32,13 @@ def main() -> None:
     whole = outliers.density()
     pictures.density(whole, figures / "density.png")
     records = alarms.runs(keep, progress=True)
+    judged = rules.outcomes(records)
     told = {
         "edge": edge.summary(edges),
         "outliers": spectra,
         "bulk": tables.bulk(whole),
-        "alarms": rules.outcomes(records),
+        "alarms": judged,
+        "fresh": rules.confirmed(judged, alarms.runs(keep, alarms.planned(fresh=True), progress=True)),
         "mixes": rules.mixes(records),
         "runs": rules.numbers(records),
     }

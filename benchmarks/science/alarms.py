@@ -49,17 +49,17 @@ class Run:
         return self.kind in HARMLESS
 
 
-def planned() -> list[Run]:
-    """The same list at each call: healthy ones, jumps of the rate, and faults in the data."""
-    draw = random.Random(0)
+def planned(fresh: bool = False) -> list[Run]:
+    """The same list at each call: healthy ones, jumps of the rate, and faults in the data; `fresh` ones, without the
+    latter, are others of the same law, on which nothing is tuned."""
+    draw = random.Random(int(fresh))
     found: list[Run] = []
 
     def add(kind: str, optimiser: str, factor: float) -> None:
         low, high = OPTIMISERS[optimiser]
         rate = math.exp(draw.uniform(math.log(low), math.log(high)))
-        found.append(
-            Run(optimiser, rate, draw.choice((16, 64, 256)), kind, factor, draw.randrange(60, 140), len(found))
-        )
+        batch, at, seed = draw.choice((16, 64, 256)), draw.randrange(60, 140), len(found) + 1000 * fresh
+        found.append(Run(optimiser, rate, batch, kind, factor, at, seed))
 
     for optimiser in OPTIMISERS:
         for _ in range(8):
@@ -68,7 +68,7 @@ def planned() -> list[Run]:
         for factor in FACTORS:
             for _ in range(16):
                 add("jump", optimiser, factor)
-        for kind in DATA:
+        for kind in () if fresh else DATA:
             for _ in range(6):
                 add(kind, optimiser, 1.0)
     return found

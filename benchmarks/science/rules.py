@@ -248,6 +248,20 @@ def outcomes(records: Sequence[Json]) -> Json:
     return {name: outcome(monitor, records) for name, monitor in MONITORS.items()}
 
 
+def confirmed(told: Json, fresh: Sequence[Json]) -> Json:
+    """The same counts on runs that no threshold was tuned on, for the thresholds of `outcomes`."""
+    healthy = sound(fresh)
+    harmful = [s for s in fresh if s["run"]["kind"] == "jump" and doubled(s) is not None]
+    found: Json = {}
+    for name, row in told.items():
+        if row["caught"][0]:
+            judged, limits = Judged(MONITORS[name], fresh), row["thresholds"]
+            found[name] = {"false": judged.alarmed(healthy, limits), "caught": judged.caught(harmful, limits)} | {
+                o: judged.caught([s for s in harmful if s["run"]["optimiser"] == o], limits) for o in OPTIMISERS
+            }
+    return found
+
+
 MIXES = {
     "all": (),
     "without warm restarts (×20)": ("cosine with a restart",),

@@ -150,6 +150,15 @@ def kinds(told: Json) -> str:
     return "\n".join(lines)
 
 
+def confirmed(told: Json) -> str:
+    heads = ["monitor", "false alarms", *OPTIMISERS, "all caught"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name, row in told.items():
+        false, caught = (f"{row[key][0] / row[key][1]:.1%} ({_of(row[key])})" for key in ("false", "caught"))
+        lines.append(f"| {name} | {false} | {' | '.join(_of(row[o]) for o in OPTIMISERS)} | {caught} |")
+    return "\n".join(lines)
+
+
 def mixes(told: Json) -> str:
     lines = [f"| monitor | {' | '.join(MIXES)} |", "|" + "---|" * (1 + len(MIXES))]
     for name, row in told.items():
@@ -187,6 +196,7 @@ def blocks(told: Json) -> dict[str, str]:
         "bulk": bulk_words(told["bulk"]),
         "runs": runs(told["runs"]),
         "alarms": alarms(told["alarms"]),
+        "fresh": confirmed(told["fresh"]),
         "kinds": kinds(told["alarms"]),
         "mixes": mixes(told["mixes"]),
         "faults": faults(told["alarms"]),
