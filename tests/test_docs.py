@@ -1,0 +1,116 @@
+"""The README and every page of the documentation run as they stand, each as one script."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from eigenfunc import cli
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+OF_OTHERS = {"hessian_eigenthings", "pyhessian", "curvlinops", "transformers", "timm"}
+SHOWN = {"python", "console", "text", "bash"}  # what is run, run, what it prints, and the README's two commands
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    language: str
+    line: int  # of its first line in the page
+    body: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(FENCE.findall(text)), f"{page}: an open block"
+    return [Block(m["info"], text.count("\n", 0, m.start("body")) + 1, m["body"]) for m in FENCE.finditer(text)]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def parsed(block: Block, page: Path) -> ast.Module:
+    return ast.parse("\n" * (block.line - 1) + block.body, str(page))
+
+
+def missing(trees: list[ast.Module]) -> list[str]:
+    names = {alias.name for tree in trees for x in ast.walk(tree) if isinstance(x, ast.Import) for alias in x.names}
+    names |= {x.module or "" for tree in trees for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
+    tops = {name.split(".")[0] for name in names}
+    return sorted(top for top in tops if importlib.util.find_spec(top) is None)
+
+
+def typed(line: str) -> int:
+    """The exit code of a line `$ eigenfunc ...`, run in this process."""
+    words = shlex.split(line.removeprefix("$ "))
+    assert words[0] == "eigenfunc", f"{line}: only the command line of this project is run"
+    return cli.main(words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_says_its_language(page: Path) -> None:
+    assert {block.language for block in blocks(page)} <= SHOWN - (set() if page == README else {"bash"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=name_of)
+def test_a_page_runs_from_top_to_bottom(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trees = {block: parsed(block, page) for block in blocks(page) if block.language == "python"}
+    if absent := missing(list(trees.values())):
+        pytest.skip(f"needs {', '.join(absent)}")
+    monkeypatch.chdir(tmp_path)
+    module: dict[str, Any] = {"__name__": "page"}
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        for package in OF_OTHERS:  # what they do wrong is not ours to mend
+            warnings.filterwarnings("ignore", module=rf"{package}\b")
+        for block in blocks(page):
+            if block.language == "python":
+                if block.body.startswith("# problem.py"):
+                    Path("problem.py").write_text(block.body)
+                exec(compile(trees[block], str(page), "exec"), module)
+            for line in block.body.splitlines() if block.language == "console" else []:
+                if line.startswith("$ "):
+                    assert typed(line) in (0, 3), capsys.readouterr().err
+
+
+def test_the_readme_has_the_two_commands_of_the_continuous_checks() -> None:
+    commands = "".join(block.body for block in blocks(README) if block.language == "bash").splitlines()
+    assert len(commands) == 2
+    assert all(".ci/constraints.txt" in command for command in commands)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for module in re.findall(r"python -m ((?:benchmarks|tests|docs)(?:\.\w+)*)", text):
+        assert importlib.util.find_spec(module) is not None, module
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    import eigenfunc
+
+    reference = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    listed = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", reference, re.MULTILINE)}
+    errors = {"EigenfuncError", "NotConverged", "__version__"}  # on the page of `eigenfunc.errors`
+    assert set(eigenfunc.__all__) - errors <= listed
+    assert "eigenfunc.errors" in reference
+    assert "errors" in listed
+    for name in re.findall(r"^::: (\S+)", reference, re.MULTILINE):
+        module, _, last = name.rpartition(".")
+        home = importlib.import_module(module if module != "eigenfunc" else name)
+        assert hasattr(home, last) or home.__name__ == name, name
