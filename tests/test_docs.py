@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from eigenfunc import cli
+from tests.zoo.thirdparty import quiet, torchvision_schemas
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-OF_OTHERS = {"hessian_eigenthings", "pyhessian", "curvlinops", "transformers", "timm"}
 SHOWN = {"python", "console", "text", "bash"}  # what is run, run, what it prints, and the README's two commands
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
@@ -71,11 +71,12 @@ def test_a_page_runs_from_top_to_bottom(
     trees = {block: parsed(block, page) for block in blocks(page) if block.language == "python"}
     if absent := missing(list(trees.values())):
         pytest.skip(f"needs {', '.join(absent)}")
+    if any(package in page.read_text() for package in ("import timm", "from transformers")):
+        torchvision_schemas()
     monkeypatch.chdir(tmp_path)
     module: dict[str, Any] = {"__name__": "page"}
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        for package in OF_OTHERS:  # what they do wrong is not ours to mend
-            warnings.filterwarnings("ignore", module=rf"{package}\b")
+    with torch.random.fork_rng(), quiet():
+        warnings.filterwarnings("ignore", r"Using backward\(\) with create_graph=True")  # PyHessian's
         for block in blocks(page):
             if block.language == "python":
                 if block.body.startswith("# problem.py"):
