@@ -6,14 +6,18 @@ import ast
 import importlib
 import importlib.util
 import re
+import runpy
 import shlex
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from benchmarks.__main__ import BENCHMARKS, page
 from eigenfunc import cli
 from tests.zoo.thirdparty import quiet, torchvision_schemas
 
@@ -115,3 +119,42 @@ def test_every_public_name_is_in_the_reference() -> None:
         module, _, last = name.rpartition(".")
         home = importlib.import_module(module if module != "eigenfunc" else name)
         assert hasattr(home, last) or home.__name__ == name, name
+
+
+def test_the_page_on_design_shows_the_floors_as_they_are() -> None:
+    floors = runpy.run_path(str(ROOT / "docs" / "tools" / "floors.py"))
+    page: Path = floors["PAGE"]
+    assert page.read_text() == floors["written"](page.read_text()), "run python docs/tools/floors.py"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"^ *- (?:.*: )?([\w/-]+\.md)$", (ROOT / "docs" / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert {str(page.relative_to(ROOT / "docs")) for page in PAGES if page != README} <= listed
+
+
+def test_docstrings_with_columns_become_definition_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))
+    markdown = runpy.run_path(str(ROOT / "docs" / "tools" / "columns.py"))["markdown"]
+    text = "What.\n\nlonger_name of (k, *leaf)\n            vectors\nk           how many\n\nRaises."
+    wanted = "What.\n\n`longer_name`\n:   of (k, \\*leaf)\n    vectors\n\n`k`\n:   how many\n\nRaises."
+    assert re.sub(r"\n{3,}", "\n\n", markdown(text)) == wanted
+
+
+def test_benchmarks_become_a_page(tmp_path: Path) -> None:
+    results = {
+        "fuzz": {
+            "command": "python -m benchmarks.fuzz_solver",
+            "quick": True,
+            "machine": "a machine",
+            "date": "2026-01-01",
+            "seconds": 1.0,
+            "exit_code": 1,
+            "output": "words\n\n| a | b |\n|---|---|\n| 1 | 2 |",
+        }
+    }
+    path = tmp_path / "benchmarks.md"
+    path.write_text(page(results))
+    assert [block.body for block in blocks(path)] == ["words\n"]
+    assert "\n| 1 | 2 |\n" in path.read_text()
+    assert "**Failed** with exit code 1" in path.read_text()
+    assert {importlib.util.find_spec(f"benchmarks.{each.module}") is None for each in BENCHMARKS.values()} == {False}
