@@ -10,6 +10,8 @@ import runpy
 import shlex
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from tests.zoo.thirdparty import quiet, torchvision_schemas
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+OTHERS = {"hessian_eigenthings", "pyhessian", "curvlinops", "transformers", "timm"}
 SHOWN = {"python", "console", "text", "bash"}  # what is run, run, what it prints, and the README's two commands
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
@@ -49,11 +52,25 @@ def parsed(block: Block, page: Path) -> ast.Module:
     return ast.parse("\n" * (block.line - 1) + block.body, str(page))
 
 
-def missing(trees: list[ast.Module]) -> list[str]:
+def foreign(trees: Iterable[ast.Module]) -> set[str]:
+    """The packages of other projects that are imported, which may be missing."""
     names = {alias.name for tree in trees for x in ast.walk(tree) if isinstance(x, ast.Import) for alias in x.names}
     names |= {x.module or "" for tree in trees for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
-    tops = {name.split(".")[0] for name in names}
-    return sorted(top for top in tops if importlib.util.find_spec(top) is None)
+    return {name.split(".")[0] for name in names} & OTHERS
+
+
+@contextmanager
+def forgiving(others: set[str]) -> Iterator[None]:
+    """Leaves out the warnings that other projects give, where they are there; skips the test where they are not."""
+    if absent := sorted(name for name in others if importlib.util.find_spec(name) is None):
+        pytest.skip(f"needs {', '.join(absent)}")
+    if not others:
+        yield
+        return
+    torchvision_schemas()
+    with quiet():
+        warnings.filterwarnings("ignore", r"Using backward\(\) with create_graph=True")  # PyHessian's
+        yield
 
 
 def typed(line: str) -> int:
@@ -73,21 +90,20 @@ def test_a_page_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trees = {block: parsed(block, page) for block in blocks(page) if block.language == "python"}
-    if absent := missing(list(trees.values())):
-        pytest.skip(f"needs {', '.join(absent)}")
-    if any(package in page.read_text() for package in ("import timm", "from transformers")):
-        torchvision_schemas()
     monkeypatch.chdir(tmp_path)
     module: dict[str, Any] = {"__name__": "page"}
-    with torch.random.fork_rng(), quiet():
-        warnings.filterwarnings("ignore", r"Using backward\(\) with create_graph=True")  # PyHessian's
+    printed = ""
+    with torch.random.fork_rng(), forgiving(foreign(trees.values())):
         for block in blocks(page):
             if block.language == "python":
                 if block.body.startswith("# problem.py"):
                     Path("problem.py").write_text(block.body)
                 exec(compile(trees[block], str(page), "exec"), module)
-            for line in block.body.splitlines() if block.language == "console" else []:
-                if line.startswith("$ "):
+                printed = capsys.readouterr().out
+            elif block.language == "text":
+                assert block.body == printed, "what the block before prints"
+            elif block.language == "console":
+                for line in block.body.splitlines():
                     assert typed(line) in (0, 3), capsys.readouterr().err
 
 

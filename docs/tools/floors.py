@@ -77,9 +77,9 @@ def draw(path: Path) -> None:
         for i, name in enumerate(names):
             x = (i + 0.5) / len(names) + (0.12 / len(names) if height % 2 else -0.12 / len(names))
             at[name] = x, height, COLOURS[height % len(COLOURS)]
-    for name in at:
+    for name, (x, y, colour) in at.items():
         for below in graph[name] - {far for near in graph[name] for far in reached(graph, near)}:
-            (x, y, colour), (x0, y0, _) = at[name], at[below]
+            x0, y0, _ = at[below]
             axes.annotate(
                 "", (x0, y0 + 0.22), (x, y - 0.22), arrowprops={"arrowstyle": "->", "color": colour, "lw": 0.7}
             )
