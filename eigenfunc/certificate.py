@@ -140,6 +140,8 @@ def certify(products: Products, x: Tensor) -> Certified:
     x = basis.orthonormalise(x)
     image = products(x)
     g = tree.exact_gram(x, image)
+    if not bool(torch.isfinite(g).all()):
+        raise NonFiniteError(non_finite(products.matvecs))
     values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
     turn = u.mT.to(x.device)
     x, image = tree.combine(turn, x), tree.combine(turn, image)
