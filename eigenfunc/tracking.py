@@ -30,6 +30,7 @@ from eigenfunc.stochastic.trace import trace
 from eigenfunc.tree import Tree
 
 _KEPT = 128  # records and observations that rules see
+_MOST = 200  # products of a look, and 20 for each pair more: a run should not wait for what does not converge
 _GRADIENTS = 2.5  # what a product costs, about, before one was timed
 _QUIET = 100  # steps after which an alert of the same rule is news again
 _WORSE = 2.0  # or if it is this many times the square of how far over the threshold it was
@@ -218,7 +219,7 @@ class Tracking:
     def _look(self, A: LinearOperator, state: State, blank: Record) -> tuple[Record, Tree]:
         found = eigsh(
             A, self.k, which=self.which, tol=self.tol, v0=state.vectors, seed=self.seed + blank.step,
-            block_size=self.block_size, throw=False,
+            block_size=self.block_size, max_matvecs=_MOST + 20 * self.k, throw=False,
         )  # fmt: skip
         rest = None
         if self.trace_matvecs:
