@@ -35,7 +35,7 @@ def run(share: float | None, steps: int, width: int, samples: int) -> tuple[nn.M
     torch.manual_seed(0)
     net, g = network(width), torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    loss, params = functional_loss(net, cross_entropy)
+    loss, _ = functional_loss(net, cross_entropy)
     data = images[:samples], labels[:samples]
     tracker = SpectrumTracker(loss, data, max_overhead=share or 1.0, optimizer=optimizer)
     tracker.core = replace(tracker.core, clock=time.process_time)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -51,14 +52,14 @@ def test_the_overhead_stays_within_its_budget_and_the_budget_is_used(share: floa
         clock.time += 0.02
         state, record = tracking.update(state, START)
         earned = share * state.ledger.training(clock())
-        assert state.ledger.spent <= earned + 0.01  # before anything is earned, two gradients are taken
+        assert state.ledger.spent <= earned + 0.05  # half of a look: the first one costs more than was guessed
         records += [record] if record is not None else []
     overhead = state.ledger.spent / state.ledger.training(clock())
     assert 0.7 * share <= overhead <= share + 1e-3
     assert {record.kind for record in records} == {"look", "glance"}
     assert sum(record.seconds for record in records) == pytest.approx(state.ledger.spent, abs=0.01)
     steps = [record.step for record in records if record.kind == "look"]
-    gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(steps)]
     assert max(gaps) <= 3 * min(gaps)  # evenly
 
 
@@ -71,10 +72,16 @@ def test_the_first_look_waits_until_it_can_be_afforded_unless_it_is_asked_for() 
     assert record is not None
     assert record.seconds > 0
     assert state.ledger.look == pytest.approx(record.seconds)
-    clock.time += 0.9 * (state.ledger.spent + state.ledger.look) / 0.05
+    clock.time += 0.95 * state.ledger.spent / 0.05
     assert tracking.update(state, START)[1] is None  # the debt is paid back first
-    clock.time += 0.2 * (state.ledger.spent + state.ledger.look) / 0.05
-    assert tracking.update(state, START)[1] is not None
+    clock.time += 0.3 * state.ledger.look / 0.05
+    glance = tracking.update(state, START)[1]
+    assert glance is not None
+    assert glance.kind == "glance"
+    clock.time += state.ledger.look / 0.05
+    look = tracking.update(state, START)[1]
+    assert look is not None
+    assert look.kind == "look"
 
 
 @given(st.floats(0.01, 0.5), st.lists(st.tuples(st.floats(0.001, 1), st.floats(0.5, 2)), min_size=50, max_size=200))
