@@ -42,7 +42,7 @@ def core(**options: Any) -> Tracking:
 
 
 def test_a_look_tells_the_truth_of_a_closed_form() -> None:
-    tracking = core()
+    tracking = core(trace_matvecs=40)
     state, record = tracking.update(tracking.init(), {"x": START})
     assert record is not None
     assert record.certified
@@ -52,10 +52,7 @@ def test_a_look_tells_the_truth_of_a_closed_form() -> None:
     assert record.top == (record.values[0], record.bounds[0])
     g = (START**3 / 3) ** 2
     assert record.gradient_share == pytest.approx(float(g[-3:].sum() / g.sum()), rel=1e-6)
-    assert record.trace is not None
-    assert record.trace_stderr is not None
-    assert abs(record.trace - float(truth.sum())) <= 6 * record.trace_stderr
-    assert record.trace_stderr < 0.2 * float(truth.sum())
+    assert record.trace == pytest.approx(float(truth.sum()))  # as many products as there are parameters
     assert (record.step, record.kind, record.ids, record.overlaps) == (0, "look", (0, 1, 2), ())
     assert record.matvecs > record.verification > 0
     assert state.calls == 1
@@ -108,6 +105,23 @@ def test_pairs_keep_their_numbers_through_a_crossing_and_new_ones_get_new_number
     assert joined is not None
     assert joined.ids == (2, 1)
     assert joined.overlaps == pytest.approx((0, 1), abs=1e-6)
+
+
+def test_half_precision_and_layers_that_thaw() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).bfloat16()
+    batch = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.arange(30) % 3
+    loss, _ = functional_loss(net, lambda outputs, targets: cross_entropy(outputs.float(), targets))
+    tracker = SpectrumTracker(loss, batch, k=2, every=1, tol=0.1)
+    net[0].requires_grad_(False)
+    first, again = tracker(net), tracker(net)
+    assert first is not None
+    assert again is not None
+    assert again.ids == first.ids
+    assert again.values == pytest.approx(first.values, rel=0.05)
+    net.requires_grad_(True)
+    after = tracker(net)
+    assert after is not None
+    assert (after.ids, after.overlaps) == ((2, 3), ())
 
 
 def test_adam_is_watched_on_its_preconditioned_matrix() -> None:
