@@ -1,6 +1,7 @@
 """Eigenvalues, eigenvectors and spectra of the curvature of any PyTorch loss, from matrix-vector products alone."""
 
 from eigenfunc._version import __version__
+from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.compat import compute_hessian_eigenthings
 from eigenfunc.curvature.fisher import fisher, fishervp
 from eigenfunc.curvature.ggn import ggn, ggnvp
@@ -33,6 +34,7 @@ from eigenfunc.subspace_iteration import subspace_iteration
 
 __all__ = [
     "Batches",
+    "Checkpoint",
     "Density",
     "EigenPairs",
     "EigenfuncError",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import archive, demo, plot, problem, tree
+from eigenfunc import archive, demo, plot, problem, signals, tree
 from eigenfunc._version import __version__
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.eigsh import eigsh
@@ -33,7 +33,8 @@ _SMALLEST = 5  # eigenpairs at the lower end that the demo adds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 all converged, 3 not all converged, 2 bad input."""
+    """Run the command line and return its exit code: 0 all converged, 3 not all converged, 2 bad input, 130 and 143
+    stopped by a signal and saved."""
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or printed the help
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             _require(args.needs)
             return int(args.command(args))
+        except signals.Ended as ended:
+            return int(ended.code or 0)
         except EigenfuncError as error:
             print(f"eigenfunc: {error}", file=sys.stderr)
             return BAD_INPUT
@@ -52,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="eigenfunc",
         description="Certified eigenpairs of the Hessian of a PyTorch loss. "
-        "Exit codes: 0 all converged, 3 finished but not all converged, 2 bad input.",
+        "Exit codes: 0 all converged, 3 finished but not all converged, 2 bad input, "
+        "130 and 143 stopped by SIGINT and SIGTERM after saving a checkpoint.",
     )
     parser.add_argument("--version", action="version", version=f"eigenfunc {__version__}")
     commands = parser.add_subparsers(required=True)
@@ -62,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--seed", type=int, default=0)
     show.set_defaults(command=_demo, needs=("matplotlib", "safetensors", "sklearn"))
     run = commands.add_parser("run", help="the spectrum of your own model")
+    run.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="start afresh and save the run there, at restarts, every ten minutes, and on SIGINT and SIGTERM, which "
+        "end it with exit codes 130 and 143 (a second one at once); only a file of the same problem is replaced",
+    )
+    run.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
     density = commands.add_parser("density", help="how the eigenvalues of your own model are distributed")
     density.add_argument(
@@ -130,9 +142,13 @@ def _dense_truth(A: LinearOperator, k: int) -> Tensor:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.resume and args.checkpoint is None:
+        raise InputError("--resume needs --checkpoint PATH, the file to go on from")
     with problem.traced(args.problem):
         A = _operator(args.problem)
-        solution = eigsh(A, args.k, which=args.which, tol=args.tol, seed=args.seed, progress=True, throw=False)
+        wanted = {"which": args.which, "tol": args.tol, "seed": args.seed}
+        with signals.saving(args.checkpoint, args.resume) as checkpoint:
+            solution = eigsh(A, args.k, **wanted, progress=True, checkpoint=checkpoint, throw=False)
     return _finish(args, solution, A, {"problem": str(args.problem)}, {})
 
 

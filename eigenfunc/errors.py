@@ -49,6 +49,18 @@ class NotConverged(EigenfuncError, RuntimeError):
         self.solution = solution
 
 
+class CheckpointError(EigenfuncError, RuntimeError):
+    """A checkpoint cannot be used: torn, corrupted, of another problem or another version, or not to be written."""
+
+
+class Stopped(EigenfuncError, RuntimeError):
+    """A run was stopped on request, after it was saved: the same call goes on from there."""
+
+
+class CheckpointWarning(UserWarning):
+    """A run goes on without being saved, or from a state whose products no longer repeat to the last bit."""
+
+
 class DataWarning(UserWarning):
     """Two passes over the data disagree: the matrix changes between products."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import bridge, scope, tree
+from eigenfunc.choices import NO_CHOICES, Choices, both
 from eigenfunc.errors import InputError, TreeError
 from eigenfunc.tree import By, Select, Tree
 
@@ -36,6 +37,7 @@ class LinearOperator:
     block_ratio measures the time of eight products in a block over that of eight single ones, where they may differ
     principal   products of several principal blocks, each on some leaves (by their positions in `tree.leaves(like)`)
                 and with a stack of its own, in one sweep over the data, where that is cheaper than with zeros elsewhere
+    choices     lets another process form the same products bit for bit; kept by all the algebra below
     """
 
     matvec: MatVec
@@ -46,6 +48,7 @@ class LinearOperator:
     noise: Callable[[], float] = float
     block_ratio: Callable[[], float] | None = None
     principal: Principal | None = None
+    choices: Choices = NO_CHOICES
 
     @property
     def size(self) -> int:
@@ -116,6 +119,7 @@ class LinearOperator:
             lambda: factor * self.noise(),
             self.block_ratio,
             None if self.principal is None else principal,
+            self.choices,
         )
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -131,6 +135,7 @@ class LinearOperator:
             principal=None
             if self.principal is None or other.principal is None
             else lambda parts: tree.add(self.blockwise(parts), other.blockwise(parts)),
+            choices=both(self.choices, other.choices),
         )
 
     def __mul__(self, c: float) -> LinearOperator:
@@ -271,6 +276,7 @@ class LinearOperator:
             lambda: f"block {', '.join(like)} of ({self._words()})",
             self.noise,
             principal=None if self.principal is None else principal,
+            choices=self.choices,
         )
 
     def blocks(self, by: By = "module") -> dict[str, LinearOperator]:

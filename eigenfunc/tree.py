@@ -26,23 +26,43 @@ _SLICE = 4_096  # entries of a float32 dot product before the partial sums go to
 _COLUMNS = 16_384  # entries of each vector that are held in float64 at a time: few enough for the cache
 
 
+def _plain(tree: Tree) -> bool:
+    """Whether the compiler traces and `tree` is a tensor or a list of tensors: it would step through optree's own code,
+    which takes three times as long as all the rest."""
+    if not torch.compiler.is_compiling():
+        return False
+    return isinstance(tree, Tensor) or (type(tree) is list and all(isinstance(leaf, Tensor) for leaf in tree))
+
+
 def leaves(tree: Tree) -> list[Any]:
+    if _plain(tree):
+        return [tree] if isinstance(tree, Tensor) else list(tree)
     return optree.tree_leaves(tree)
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
     """The leaves, and the function that puts such leaves back into the same structure."""
+    if _plain(tree):
+        return leaves(tree), (lambda flat: flat[0]) if isinstance(tree, Tensor) else list
     flat, spec = optree.tree_flatten(tree)
     return flat, spec.unflatten
 
 
 def tree_map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    if _plain(tree) and all(map(_plain, rest)):
+        return f(tree, *rest) if isinstance(tree, Tensor) else [f(*row) for row in zip(tree, *rest, strict=True)]
     return optree.tree_map(f, tree, *rest)
 
 
 def names(tree: Tree) -> list[str]:
     """A dotted name for each leaf, in the order of `leaves`; the keys themselves for a flat dict."""
-    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
+    return [".".join(str(key) for key in path) for path in _paths(tree)]
+
+
+def _paths(tree: Tree) -> list[tuple[Any, ...]]:
+    if _plain(tree):
+        return [()] if isinstance(tree, Tensor) else [(i,) for i in range(len(tree))]
+    return optree.tree_paths(tree)
 
 
 def filled_names(tree: Tree) -> list[str]:
@@ -263,10 +283,9 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False, dtypes:
     With `stacked` every leaf of x carries one more leading axis, of the same length everywhere. Without `dtypes` any
     real floating-point dtype will do.
     """
-    x_leaves, x_spec = optree.tree_flatten(x)
-    refs, spec = optree.tree_flatten(like)
-    if not _alike(x, x_spec, like, spec):
-        raise TreeError(f"{what} has structure {x_spec}, expected {spec}")
+    if not _alike(x, like):
+        raise TreeError(f"{what} has structure {optree.tree_structure(x)}, expected {optree.tree_structure(like)}")
+    x_leaves, refs = leaves(x), leaves(like)
     lengths = set()
     for name, leaf, ref in zip(names(like), x_leaves, refs, strict=True):
         where = f"{what}: leaf '{name}'" if name else what
@@ -289,12 +308,12 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False, dtypes:
         raise TreeError(f"{what}: leaves carry different numbers of vectors: {sorted(lengths)}")
 
 
-def _alike(x: Tree, x_spec: Any, like: Tree, spec: Any) -> bool:
+def _alike(x: Tree, like: Tree) -> bool:
     """Whether the structures are the same, whatever the order in which dicts were filled: what the compiler has for a
     structure remembers that."""
     if torch.compiler.is_compiling():
-        return optree.tree_paths(x) == optree.tree_paths(like)
-    same: bool = x_spec == spec
+        return _paths(x) == _paths(like)
+    same: bool = optree.tree_structure(x) == optree.tree_structure(like)
     return same
 
 

@@ -13,19 +13,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from floors below its own.
 FLOORS = [
-    {"errors", "_version"},
+    {"errors", "_version", "choices"},
     {"tree"},
-    {"scope", "archive", "bridge", "canvas"},
+    {"scope", "archive", "bridge", "canvas", "checkpoint"},
     {"objective", "data", "operator", "preconditioners", "records", "budget"},
     {"krylov", "solution", "curvature", "alerts"},
     {"certificate", "landscape", "overlap", "perturbation", "testing"},
     {"plan", "implicit", "funm", "solve"},
     {"completeness", "stochastic"},
     {"thick_restart"},
-    {"verdict", "endgame"},
+    {"verdict", "endgame", "resume"},
     {"block_loop"},
     {"eigsh", "lobpcg", "power_iteration", "subspace_iteration"},
-    {"compat", "demo", "layers", "plot", "problem", "tracking"},
+    {"compat", "demo", "layers", "plot", "problem", "signals", "tracking"},
     {"track"},
     {"callbacks"},
     {"cli"},
@@ -77,7 +77,7 @@ def test_one_module_knows_optree() -> None:
 def test_run_time_packages_are_few() -> None:
     core = {"torch", "numpy", "optree", "tqdm", "eigenfunc"}
     extras = {"cli": {"resource"}, "plot": {"matplotlib"}, "canvas": {"matplotlib"}, "demo": {"sklearn"}}
-    extras |= {"testing": {"hypothesis"}, "archive": {"safetensors"}}
+    extras |= {"testing": {"hypothesis"}, "archive": {"safetensors"}, "checkpoint": {"safetensors"}}
     extras |= {"bridge": {"scipy", "pandas"}, "solution": {"pandas"}}
     import sys
 

@@ -26,17 +26,21 @@ Prepare = Callable[[int, Any], Product]  # index of the batch, batch -> its prod
 
 _SHARE = 0.5  # of the free memory that kept graphs may take by themselves
 _BLOCK = 8  # vectors multiplied at once, if that is faster than one by one
+_GAIN = 0.8  # and takes less than this share of the time: a closer choice would be another one in each run
 
 
 class Kept(NamedTuple):
     weight: float
     product: Product
+    size: int  # bytes
 
 
 class Sweep:
     """The matrix over all batches as products with trees shaped as `point`.
 
     remake   forms the product of a batch that is not kept
+    way      its name
+    error    of products of an earlier run, if any is known of
     chunk    vectors multiplied at once; None: measured when a stack of vectors first comes in
     """
 
@@ -45,8 +49,9 @@ class Sweep:
         self.remake = remake
         self.chunk = chunk
         self.kept: dict[int, Kept] = {}
+        self.way = ""
+        self.error = 0.0
         self.complete = False
-        self.kept_bytes = 0
         self.largest_bytes = 0
         self._point = point
         self._rebuild = tree.flatten(point)[1]
@@ -76,10 +81,24 @@ class Sweep:
                 if self.kept_bytes + size > budget:
                     self.complete = False
                     break
-                self.kept_bytes += size
-                self.kept[index] = Kept(weight, product)
+                self.kept[index] = Kept(weight, product, size)
         if not self.complete and not in_order:
-            self.kept, self.kept_bytes = {}, 0
+            self.kept = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(kept.size for kept in self.kept.values())
+
+    @property
+    def start(self) -> int:
+        """The number of the first batch that is not kept: those before it are, unless they have no weight."""
+        return 1 + max(self.kept, default=-1)
+
+    def forget(self, start: int) -> None:
+        """Drop the graphs of the batches from number `start` on."""
+        if start < self.start:
+            self.kept = {index: kept for index, kept in self.kept.items() if index < start}
+            self.complete = False
 
     def parts(self) -> Iterator[tuple[float, Callable[[], Product]]]:
         """(weight, function that hands out the product) of each batch."""
@@ -200,7 +219,7 @@ class Sweep:
             product = next(make() for weight, make in self.parts() if weight > 0)
             best = 1
             single = product.single([v[0] for v in vs])
-            fastest = seconds(lambda: product.single([v[0] for v in vs]), self.reader.device)
+            fastest = min(seconds(lambda: product.single([v[0] for v in vs]), self.reader.device) for _ in range(3))
             roomy = self.largest_bytes * 4 < available(self.reader.device)
             for chunk in (_BLOCK, 4 * _BLOCK) if roomy else ():
                 if vs[0].shape[0] < chunk:
@@ -213,7 +232,7 @@ class Sweep:
                 except (RuntimeError, MemoryError, Warning):
                     break
                 spent = seconds(partial(product.block, piece), self.reader.device) / chunk
-                if spent > 0.95 * fastest or not _close([x[0] for x in block], single):
+                if spent > _GAIN * fastest or not _close([x[0] for x in block], single):
                     break
                 best, fastest = chunk, spent
         return best
