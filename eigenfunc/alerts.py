@@ -74,7 +74,8 @@ def stability(history: History, *, ratio: float = 1.0) -> Alert | None:
 
     It is asked at every training step, so a jump of the rate fires at once, before the step is taken. At 1 a quadratic
     would diverge. Training at the edge of stability (full batch, mean squared error) hovers there for long and thrives;
-    momentum can blow up from about 0.2 on if the rate jumps, for the velocity of before overshoots.
+    momentum can blow up from about 0.2 on if the rate jumps, for the velocity of before overshoots. So 1 is for proof,
+    and 0.4 or so for vigilance: docs/science.md says what each catches, and at what price in false alarms.
     """
     now = next((x for x in reversed(history.observations) if x.limit is not None), None)
     seen: Record | None = None

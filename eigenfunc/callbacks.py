@@ -87,7 +87,7 @@ class _Steps:
         own = tracker.core.loss
         self.model = own.module if model is None and isinstance(own, Objective) else model
         self.tracker = tracker
-        self.last = -1
+        self.last = 0
 
     def begin(self, optimizer: Any) -> None:
         if self.tracker.core.optimizer is None and isinstance(optimizer, Optimizer):

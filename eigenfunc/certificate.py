@@ -210,7 +210,7 @@ def _given(v0: Tree, products: Products) -> Tensor:
     stacked = len(leaves) == len(refs) and all(
         isinstance(x, Tensor) and x.ndim == ref.ndim + 1 for x, ref in zip(leaves, refs, strict=True)
     )
-    tree.check_like(v0, like, "v0", stacked=stacked)
+    tree.check_like(v0, like, "v0", stacked=stacked, dtypes=False)  # a solution's vectors are wider than half precision
     if stacked and len(leaves[0]) == 0:
         raise InputError("v0 is a stack of no vectors")
     flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach(), v0), like)

@@ -49,6 +49,7 @@ class Record:
                rank; otherwise top values are at most, and bottom values at least, the eigenvalues of their ranks
     residuals  (k,) true norms ‖A v − λ v‖, from fresh products
     converged  (k,) the verdict of `eigsh`; all False at a glance, which proves nothing about ranks
+    noise      of the products, measured at looks: no residual can be told from less
     kind       "look": `eigsh` with its certificate; "glance": one block product with the earlier vectors, Rayleigh–Ritz
     status     how the look ended, "glance", or the error
     matrix     "hessian", or "preconditioned hessian" for adaptive optimisers
@@ -69,6 +70,7 @@ class Record:
     bounds: tuple[float, ...] = ()
     residuals: tuple[float, ...] = ()
     converged: tuple[bool, ...] = ()
+    noise: float = 0.0
     kind: Literal["look", "glance"] = "look"
     which: str = "LA"
     status: str = ""

@@ -117,7 +117,7 @@ class SpectrumTracker:
         *,
         loss: float | Tensor | None = None,
         grad_norm: float | Tensor | None = None,
-        lr: float | None = None,
+        lr: float | Tensor | None = None,
         batch: Any = None,
     ) -> tuple[Alert, ...]:
         """What was seen at a training step, all of it optional; the alerts that it raises.
@@ -127,9 +127,9 @@ class SpectrumTracker:
         """
         seen = Observation(
             step,
-            None if loss is None else float(loss),
-            None if grad_norm is None else float(grad_norm),
-            None if lr is None else float(lr),
+            _number(loss),
+            _number(grad_norm),
+            _number(lr),
             batch=batch if batch is None or isinstance(batch, (int, str)) else fingerprint(batch),
         )
         self._done(self.core.observe(self.state, seen), None)
@@ -161,6 +161,10 @@ class SpectrumTracker:
             for alert in state.raised:
                 self._on_alert(alert)
         return record
+
+
+def _number(x: float | Tensor | None) -> float | None:
+    return None if x is None else float(x.detach() if isinstance(x, Tensor) else x)
 
 
 def fingerprint(batch: Any) -> str:

@@ -19,7 +19,7 @@ from eigenfunc.certificate import Products, certify, whole
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.curvature.products import Loss
 from eigenfunc.eigsh import Which, eigsh
-from eigenfunc.errors import DataError, InputError, NonFiniteError, ProductError
+from eigenfunc.errors import DataError, InputError, NonFiniteError, ProductError, TreeError
 from eigenfunc.operator import LinearOperator
 from eigenfunc.overlap import gradient
 from eigenfunc.plan import plan_for
@@ -30,6 +30,7 @@ from eigenfunc.stochastic.trace import trace
 from eigenfunc.tree import Tree
 
 _KEPT = 128  # records and observations that rules see
+_MOST = 200  # products of a look, and 20 for each pair more: a run should not wait for what does not converge
 _GRADIENTS = 2.5  # what a product costs, about, before one was timed
 _QUIET = 100  # steps after which an alert of the same rule is news again
 _WORSE = 2.0  # or if it is this many times the square of how far over the threshold it was
@@ -199,6 +200,8 @@ class Tracking:
             if self.optimizer is not None and alerts.is_adaptive(self.optimizer):
                 d = adam_preconditioner(self.optimizer, params)
                 A, s = A.precondition(d), tree.tree_map(torch.rsqrt, d)
+            if not _fit(state.vectors, A.like):  # a layer was unfrozen, say: all starts anew
+                state, depth, blank = state._replace(vectors=None), "look", replace(blank, kind="look")
             record, vectors = self._glance(A, state, blank) if depth == "glance" else self._look(A, state, blank)
             if depth == "look":
                 share = _share(gradient(self.loss, params, self.data), s, vectors)
@@ -218,7 +221,7 @@ class Tracking:
     def _look(self, A: LinearOperator, state: State, blank: Record) -> tuple[Record, Tree]:
         found = eigsh(
             A, self.k, which=self.which, tol=self.tol, v0=state.vectors, seed=self.seed + blank.step,
-            block_size=self.block_size, throw=False,
+            block_size=self.block_size, max_matvecs=_MOST + 20 * self.k, throw=False,
         )  # fmt: skip
         rest = None
         if self.trace_matvecs:
@@ -230,6 +233,7 @@ class Tracking:
             bounds=tuple(found.bounds.tolist()),
             residuals=tuple(found.residuals.tolist()),
             converged=tuple(found.converged.tolist()),
+            noise=found.noise,
             status=str(found.status),
             trace=None if rest is None else float(found.values.sum()) + rest.value,
             trace_stderr=None if rest is None else rest.stderr,
@@ -245,13 +249,15 @@ class Tracking:
             found = certify(products, tree.ravel(state.vectors, A.like))
         order = plan_for(self.k, self.which, self.tol, products.size).reported(found.values)
         values, residuals = found.values[order], found.residuals[order]
-        floor = products.floor(float(tree.norms(found.images).max()))
+        noise = next(record.noise for record in reversed(state.records) if record.values)
+        noise = max(noise, products.floor(float(tree.norms(found.images).max())))
         return replace(
             blank,
             values=tuple(values.tolist()),
-            bounds=tuple(cluster_bounds(values, residuals, floor).tolist()),
+            bounds=tuple(cluster_bounds(values, residuals, noise).tolist()),
             residuals=tuple(residuals.tolist()),
             converged=(False,) * len(order),
+            noise=noise,
             status="glance",
             matvecs=products.matvecs,
             passes=products.passes,
@@ -266,14 +272,22 @@ def parameters(params: Tree | nn.Module) -> Tree:
     return params
 
 
+def _fit(vectors: Tree | None, like: Tree) -> bool:
+    try:
+        tree.check_like(vectors, like, "vectors", stacked=True, dtypes=False)
+    except TreeError:
+        return False
+    return True
+
+
 def _continued(state: State, vectors: Tree) -> tuple[tuple[int, ...], int, tuple[float, ...]]:
     """Numbers of the pairs, numbers given out so far, and overlaps with the vectors before.
 
     Squared overlaps with orthonormal vectors sum to at most 1, so one at most exceeds ½ in each row and column.
     """
     if state.vectors is None:
-        count = len(tree.leaves(vectors)[0])
-        return tuple(range(count)), count, ()
+        count = state.born + len(tree.leaves(vectors)[0])
+        return tuple(range(state.born, count)), count, ()
     best, at = tree.exact_gram(vectors, state.vectors).abs().cpu().max(1)
     ids, count = [], state.born
     for overlap, i in zip(best.tolist(), at.tolist(), strict=True):
