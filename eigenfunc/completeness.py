@@ -10,6 +10,9 @@ of an eigenvector in the vectors grows like the Lanczos polynomials outside the 
 that its share in u must have been tiny, which is improbable for a random u. (J. van Dorsselaer, M. Hochstenbach and H.
 van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, bound the largest eigenvalue in this way.) Nothing is assumed of the
 start vectors of the run, of gaps, or of how well anything has converged.
+
+A run that multiplies blocks proves with c vectors at once, in fewer passes: they are one random vector for I ⊗ B, of
+which each eigenvalue is c-fold. The share of a c-fold eigenspace is tiny only if c independent ones all are.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ CHANCE = 1e-3  # of overlooking an eigenvalue, on each side
 PROBE = 8  # products after which a limit within the tolerance will do; the least number of vectors held
 _WEAK = 1e-4  # coupling² of a Ritz vector over its distance and the size of the wanted values, to be next to nothing
 _HELD = 2**22  # entries of the chain that are held in any case
+PROBES = 4  # vectors of a chain, at most: more of them save next to no passes
 TINY = 1e-290  # stands for the rounding of a matrix that is exactly zero
 _STEPS = 8  # limits tried between the residual of the innermost wanted value and its tolerance
 CHAINS = 3  # random vectors whose evidence is put together before giving up
@@ -111,7 +115,7 @@ def search(
     ]
     begun, direction = products.matvecs, None
     for _ in range(CHAINS):
-        chain = Chain(products, span, bridge, anorm, generator)
+        chain = Chain(products, span, bridge, anorm, generator, min(plan.block_size, PROBES))
         for _ in chain:
             spent = products.matvecs - begun
             if chain.length % (1 + chain.length // 16) and spent < most:  # a look costs the cube of the length
@@ -198,8 +202,8 @@ def _points(plan: Plan, side: Side, wanted: Tensor, slack: Tensor) -> Points:
 
 
 class Chain:
-    """Lanczos on B(λ) from a random vector. It needs three vectors at a time; more are held, to be orthogonal to them
-    and for a Ritz vector: the first few, or all where that costs nothing."""
+    """Lanczos on I ⊗ B(λ) from `count` random vectors, taken as one. It needs three such blocks at a time; more are
+    held, to be orthogonal to them and for a Ritz vector: the first few, or all where that costs nothing."""
 
     def __init__(
         self,
@@ -208,6 +212,7 @@ class Chain:
         bridge: Tensor,
         anorm: float,
         generator: torch.Generator,
+        count: int = 1,
     ) -> None:
         self.products = products
         self.span = span
@@ -216,13 +221,14 @@ class Chain:
         self.least = 10 * products.eps * anorm
         self.mix = (span.s @ span.s.mT).to(span.vectors.device)
         self.size = products.size - len(span.theta)
-        self.held = span.vectors[:0]
-        self.room = max(PROBE, _HELD // products.size)
-        start = products.random(generator)
+        self.count = count
+        self.held = span.vectors.new_empty(0, count * products.size)
+        self.room = max(PROBE, _HELD // (count * products.size))
+        start = torch.cat([products.random(generator) for _ in range(count)])
         for _ in range(3):
             start = self._outside(start)
-            start = start / float(tree.norm(start))
-        self.start = start
+            start = start / tree.norms(start)[:, None].to(start.dtype)
+        self.start = start / math.sqrt(count)
         self.alphas: list[float] = []
         self.betas: list[float] = []
 
@@ -245,7 +251,7 @@ class Chain:
             if not math.isfinite(alpha + beta):
                 raise NonFiniteError(non_finite(self.products.matvecs))
             if self.length < self.room:
-                self.held = torch.cat([self.held, q])
+                self.held = torch.cat([self.held, q.reshape(1, -1)])
             self.alphas.append(alpha)
             self.betas.append(beta if beta > self.least and self.length < self.size else 0.0)
             yield
@@ -258,7 +264,8 @@ class Chain:
         v = self.span.vectors
         w = basis.subtract(w, self.mix @ tree.gram(v, w), v)
         if len(self.held) and self.room > PROBE:
-            w = basis.subtract(w, tree.gram(self.held, w), self.held)
+            flat = w.reshape(1, -1)
+            w = basis.subtract(flat, tree.gram(self.held, flat), self.held).reshape(w.shape)
         return w
 
     def _projected(self, length: int) -> tuple[Tensor, Tensor]:
@@ -278,15 +285,18 @@ class Chain:
     def ritz_vector(self, sign: int) -> Tensor:
         values, vectors = self._projected(len(self.held))
         weights = vectors[:, int(torch.argmax(sign * values))]
-        total: Tensor = tree.combine(weights[None].to(self.held.device), self.held)
-        return total
+        block = tree.combine(weights[None].to(self.held.device), self.held).reshape(self.count, -1)
+        if self.count > 1:  # close to a multiple of one eigenvector in each row
+            block = tree.combine(torch.linalg.eigh(tree.exact_gram(block, block))[1][:, -1:].mT, block)
+        return block
 
     def chances(self, points: Tensor, sign: int, *, rounding: float = 1.0) -> Tensor:
         """(p,) bounds of the probability that an eigenvalue beyond each point escapes the chain so far.
 
         An eigenvector has shares c with K c = f, K = [T − λ, β e], |f| the rounding of the products, |c| bounded;
-        the largest share in the start vector that this allows is δ, and a random unit vector in N dimensions has a
-        share below δ with probability at most δ √(2N/π).
+        the largest share in the start vector that this allows is δ. The shares of c random unit vectors in N dimensions
+        have a density of at most (N/2π)^½ each, so that the chance of a sum of squares below c δ² is no more than that
+        to the power c times the volume of a ball: (c N δ²/2)^(c/2) / Γ(c/2 + 1), or δ √(2N/π) for one vector.
         """
         m = self.length
         rounding = max(rounding * self.rounding * math.sqrt(m / self.products.size), 1e-300)
@@ -301,5 +311,6 @@ class Chain:
         r = torch.linalg.qr(torch.cat([k, size.expand(len(points), -1, -1)], dim=1)).R
         first = torch.eye(m + 1, 1, dtype=torch.float64).expand(len(points), -1, -1)
         share = 3**0.5 * torch.linalg.vector_norm(torch.linalg.solve_triangular(r.mT, first, upper=False), dim=(1, 2))
-        chances = share * math.sqrt(2 * self.size / math.pi)
+        c = self.count
+        chances = (share * math.sqrt(c * self.size / 2)) ** c / math.gamma(c / 2 + 1)
         return torch.where(points > self.outermost(sign), chances, torch.inf)
