@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,10 +42,26 @@ class Products:
         self.noise = 0.0
         self.matvecs = 0
         self.passes = 0
+        self._riders: tuple[Tensor, Callable[[Tensor], object]] | None = None
 
     def __call__(self, block: Tensor) -> Tensor:
+        if self._riders is not None:
+            (rows, landed), self._riders = self._riders, None
+            images = self(torch.cat([block, rows]))
+            landed(images[len(block) :])
+            return images[: len(block)]
         flat = tree.ravel(self._images(block), self.A.like)
         return flat if self.scale == 1.0 else torch.div(flat, self.scale)
+
+    def ride(self, rows: Tensor, landed: Callable[[Tensor], object]) -> None:
+        """Have `rows` (p, n) multiplied along with the next block, in its pass, and `landed` called with the images."""
+        self._riders = rows, landed
+
+    def settle(self) -> None:
+        """Multiply what still waits for a ride by itself."""
+        if self._riders is not None:
+            (rows, landed), self._riders = self._riders, None
+            landed(self(rows))
 
     def _images(self, block: Tensor) -> Tree:
         self.matvecs += block.shape[0]
@@ -63,16 +80,24 @@ class Products:
         x = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.dtype)
         return torch.div(x, torch.linalg.vector_norm(x)).to(self.device)
 
-    def calibrate(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def calibrate(self, generator: torch.Generator, block: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Two products with one random unit vector: checks their shape, sets `scale`, measures `noise`.
 
-        Returns the vector (1, n) and its image.
+        Returns the vector (1, n) and its image. With a block (b, n) the vector rides with that, whose images are
+        returned, and then with the next block: `noise` is known after that, or after `settle`.
         """
         u = self.random(generator)
-        image = self.first(u)
-        other = self(0.7 * u) / 0.7
+        images = self.first(u if block is None else torch.cat([block, u]))
+        image = images[-1:].clone()
         length = float(tree.norm(image))
-        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
+
+        def compare(other: Tensor) -> None:
+            self.noise = float(tree.norm(image - other / 0.7)) / length if length > 0 else 0.0
+
+        self.ride(0.7 * u, compare)
+        if block is not None:
+            return block, images[:-1]
+        self.settle()
         return u, image
 
     def first(self, block: Tensor) -> Tensor:
@@ -135,10 +160,12 @@ class Certified(NamedTuple):
     orthogonality: float
 
 
-def certify(products: Products, x: Tensor) -> Certified:
-    """Rayleigh–Ritz in the span of x (k, n) with k fresh products. Parlett, section 11.3."""
-    x = basis.orthonormalise(x)
-    image = products(x)
+def certify(products: Products, x: Tensor, image: Tensor | None = None) -> Certified:
+    """Rayleigh–Ritz in the span of x (k, n) with k fresh products, or with those at hand for an orthonormal x. Parlett,
+    section 11.3."""
+    if image is None:
+        x = basis.orthonormalise(x)
+        image = products(x)
     g = tree.exact_gram(x, image)
     values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
     turn = u.mT.to(x.device)

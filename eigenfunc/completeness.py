@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,6 +201,16 @@ def _points(plan: Plan, side: Side, wanted: Tensor, slack: Tensor) -> Points:
     return Points(torch.cat([near, far]), torch.cat([near, far + strict[1:]]))
 
 
+def escape(share: Any, count: int, size: int) -> Any:
+    """A bound of the chance that a unit vector in `size` dimensions N has no more than a share δ in c random ones.
+
+    The inner products with unit vectors uniform on the sphere have a density of at most (N/2π)^½ each, so that the
+    chance of a sum of squares below c δ² is at most that to the power c times the volume of a ball in c dimensions:
+    (c N δ²/2)^(c/2) / Γ(c/2 + 1), which is δ √(2N/π) for one vector.
+    """
+    return (share * math.sqrt(count * size / 2)) ** count / math.gamma(count / 2 + 1)
+
+
 class Chain:
     """Lanczos on I ⊗ B(λ) from `count` random vectors, taken as one. It needs three such blocks at a time; more are
     held, to be orthogonal to them and for a Ritz vector: the first few, or all where that costs nothing."""
@@ -285,7 +295,7 @@ class Chain:
     def ritz_vector(self, sign: int) -> Tensor:
         values, vectors = self._projected(len(self.held))
         weights = vectors[:, int(torch.argmax(sign * values))]
-        block = tree.combine(weights[None].to(self.held.device), self.held).reshape(self.count, -1)
+        block: Tensor = tree.combine(weights[None].to(self.held.device), self.held).reshape(self.count, -1)
         if self.count > 1:  # close to a multiple of one eigenvector in each row
             block = tree.combine(torch.linalg.eigh(tree.exact_gram(block, block))[1][:, -1:].mT, block)
         return block
@@ -294,9 +304,7 @@ class Chain:
         """(p,) bounds of the probability that an eigenvalue beyond each point escapes the chain so far.
 
         An eigenvector has shares c with K c = f, K = [T − λ, β e], |f| the rounding of the products, |c| bounded;
-        the largest share in the start vector that this allows is δ. The shares of c random unit vectors in N dimensions
-        have a density of at most (N/2π)^½ each, so that the chance of a sum of squares below c δ² is no more than that
-        to the power c times the volume of a ball: (c N δ²/2)^(c/2) / Γ(c/2 + 1), or δ √(2N/π) for one vector.
+        the largest share in the start vector that this allows is δ, and `escape` the chance of less.
         """
         m = self.length
         rounding = max(rounding * self.rounding * math.sqrt(m / self.products.size), 1e-300)
@@ -311,6 +319,5 @@ class Chain:
         r = torch.linalg.qr(torch.cat([k, size.expand(len(points), -1, -1)], dim=1)).R
         first = torch.eye(m + 1, 1, dtype=torch.float64).expand(len(points), -1, -1)
         share = 3**0.5 * torch.linalg.vector_norm(torch.linalg.solve_triangular(r.mT, first, upper=False), dim=(1, 2))
-        c = self.count
-        chances = (share * math.sqrt(c * self.size / 2)) ** c / math.gamma(c / 2 + 1)
+        chances = escape(share, self.count, self.size)
         return torch.where(points > self.outermost(sign), chances, torch.inf)

@@ -89,9 +89,12 @@ def eigsh(
         torch.no_grad(),
         tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar,
     ):
-        tried, image = products.calibrate(generator)
+        block = given
+        if given is None and plan.block_size > 1:
+            block = start_block(None, plan.block_size, products, generator)
+        q, image = products.calibrate(generator, block if plan.block_size > 1 else None)
         run = Run(plan, products, generator, bar if progress else None, basis_dtype)
-        _start(run, given, tried, image)
+        _start(run, given, q, image)
         remedy = f"raise max_matvecs (now {plan.max_matvecs}) or basis_size (now {plan.basis_size})"
         if basis_dtype is None:
             certified, limits, rounds = search(run)
@@ -101,11 +104,16 @@ def eigsh(
         return conclude(run, certified, limits, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw)
 
 
-def _start(run: Run, given: Tensor | None, tried: Tensor, image: Tensor) -> None:
-    """From the block that was given, or a random one; a single vector is the one that was calibrated with."""
-    if given is None and run.plan.block_size == 1:
-        run.verification -= 1
-        run.start(tried, image)
+def _start(run: Run, given: Tensor | None, q: Tensor, image: Tensor) -> None:
+    """From the block that was calibrated with; a single vector is that one or the one that was given."""
+    if run.plan.block_size == 1 and given is not None:
+        run.start(given, run.products(given))
         return
-    q = start_block(None, run.plan.block_size, run.products, run.generator) if given is None else given
-    run.start(q, run.products(q))
+    run.verification -= len(q)
+    run.start(q, image)
+    if len(q) > 1:
+        run.look()
+        if run.j < run.plan.n and not run.full:
+            run.advance()
+        run.products.settle()
+        run.verification += 1

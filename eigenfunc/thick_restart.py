@@ -10,7 +10,7 @@ from torch import Tensor
 from eigenfunc import completeness, tree
 from eigenfunc.certificate import Certified, Products, certify, non_finite
 from eigenfunc.errors import NonFiniteError
-from eigenfunc.krylov import lanczos as kernel
+from eigenfunc.krylov import basis, lanczos as kernel
 from eigenfunc.plan import Plan
 
 ROUNDS = 4  # certificates drawn up before the noise is blamed
@@ -251,18 +251,21 @@ def search(run: Run) -> tuple[Certified, completeness.Limits, int]:
     rounds = least = 0
     while True:
         ritz = run.converge(least)
-        least = 0
+        least, fresh = 0, list[Tensor]()
         if run.j == plan.n:
             limits = completeness.ALL
         elif not limits.proven:
             before = run.products.matvecs
+            if plan.block_size > 1:  # a pass counts: the fresh products ride with the first of the probe
+                x = basis.orthonormalise(run.vectors(ritz))
+                run.products.ride(x, fresh.append)
             finding = run.probe(ritz)
             limits = finding.limits
             if finding.direction is not None and run.spent < plan.max_matvecs:
                 run.join(ritz, finding.direction)
                 least = max(1, (run.products.matvecs - before) // 2)
                 continue
-        certified = run.certify(ritz)
+        certified = certify(run.products, x, fresh[-1]) if fresh else run.certify(ritz)
         rounds += 1
         met = certified.residuals <= run.target(certified.values)
         if bool(met.all()) or run.j == plan.n or rounds == ROUNDS or run.spent >= plan.max_matvecs:
