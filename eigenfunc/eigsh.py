@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from eigenfunc import endgame, scope
 from eigenfunc.certificate import Products, seeded, start_block
 from eigenfunc.errors import InputError
-from eigenfunc.plan import plan_for
+from eigenfunc.plan import Plan, plan_for
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
 from eigenfunc.tree import Tree
@@ -89,12 +89,7 @@ def eigsh(
         torch.no_grad(),
         tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar,
     ):
-        block = given
-        if given is None and plan.block_size > 1:
-            block = start_block(None, plan.block_size, products, generator)
-        q, image = products.calibrate(generator, block if plan.block_size > 1 else None)
-        run = Run(plan, products, generator, bar if progress else None, basis_dtype)
-        _start(run, given, q, image)
+        run = _started(plan, products, given, generator, bar if progress else None, basis_dtype)
         remedy = f"raise max_matvecs (now {plan.max_matvecs}) or basis_size (now {plan.basis_size})"
         if basis_dtype is None:
             certified, limits, rounds = search(run)
@@ -104,16 +99,28 @@ def eigsh(
         return conclude(run, certified, limits, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw)
 
 
-def _start(run: Run, given: Tensor | None, q: Tensor, image: Tensor) -> None:
-    """From the block that was calibrated with; a single vector is that one or the one that was given."""
-    if run.plan.block_size == 1 and given is not None:
-        run.start(given, run.products(given))
-        return
-    run.verification -= len(q)
+def _started(
+    plan: Plan,
+    products: Products,
+    given: Tensor | None,
+    generator: torch.Generator,
+    bar: Any,
+    basis_dtype: torch.dtype | None,
+) -> Run:
+    """A run from the vectors that were given, or random ones, with the noise measured: in blocks on the way."""
+    b = plan.block_size
+    block = None if b == 1 else start_block(None, b, products, generator) if given is None else given
+    q, image = products.calibrate(generator, block)
+    run = Run(plan, products, generator, bar, basis_dtype)
+    if b == 1 and given is not None:
+        run.start(given, products(given))
+        return run
+    run.verification -= b
     run.start(q, image)
-    if len(q) > 1:
+    if b > 1:
         run.look()
-        if run.j < run.plan.n and not run.full:
+        if run.j < plan.n and not run.full:
             run.advance()
-        run.products.settle()
+        products.settle()
         run.verification += 1
+    return run

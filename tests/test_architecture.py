@@ -25,7 +25,7 @@ FLOORS = [
     {"verdict", "endgame"},
     {"block_loop"},
     {"eigsh", "lobpcg", "power_iteration", "subspace_iteration"},
-    {"compat", "demo", "layers", "plot", "problem"},
+    {"compat", "demo", "layers", "plot", "problem", "streaming"},
     {"cli"},
     {"__init__", "__main__"},
 ]
