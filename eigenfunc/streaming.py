@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from eigenfunc import tree
-from eigenfunc.certificate import seeded
-from eigenfunc.completeness import PROBES
+from eigenfunc.certificate import seeded, whole
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.curvature.products import Loss
 from eigenfunc.data import Batches, Reader, as_batches, head
@@ -20,7 +19,8 @@ from eigenfunc.operator import LinearOperator
 from eigenfunc.solution import Solution
 from eigenfunc.tree import Tree
 
-_ROUGH = 1e-2  # of the eigenvectors of a subset, which are not those of the whole anyway
+_ROUGH = 0.1  # of the eigenvectors of a subset, which are not those of the whole anyway
+_GUARDS = 5  # vectors in a block beyond the wanted ones: so many save one pass to five, in solving and in the proof
 
 
 def eigsh_streaming(
@@ -43,8 +43,8 @@ def eigsh_streaming(
 
     loss      as `matrix` takes it
     data      a DataLoader or `Batches` of known length (`len`)
-    schedule  rising shares of the data, the last of them 1. At each the pairs are found in blocks of k vectors, started
-              from those of the share before; a share is that of the batches that come first, held in memory, cut along
+    schedule  rising shares of the data, the last of them 1. At each the pairs are found in blocks of k + 5 vectors,
+              started from those of the share before; a share is that of the batches that come first, held in memory, cut along
               the first axis where it is less than one batch. (1.0,) does without, where `v0` holds earlier eigenvectors
     matrix    `hessian`, `ggn`, `fisher`: (loss, params, data, cache=0) -> `LinearOperator`. Nothing is kept from pass
               to pass
@@ -53,8 +53,8 @@ def eigsh_streaming(
     The others as in `eigsh`, of which this is a way to use: the subset only provides start vectors, so that residuals,
     bounds and the proof that nothing was missed are those of all the data, however bad the subset. `stats.passes`
     counts all passes, verification and what the subsets cost (rounded up) included, and `stats.matvecs` the products
-    with the whole. Not counted is what `matrix` reads at set-up. It takes 0.25 to 0.45 times the passes of one vector
-    at a time for k = 5 and 10, and more products: where the data is held, use `eigsh`.
+    with the whole. Not counted is what `matrix` reads at set-up. For k = 5 and 10 it takes 0.2 to 0.45 times the
+    passes of one vector at a time, and more products: where the data is held, use `eigsh`.
 
     Raises `InputError` for a schedule that does not rise to 1, `DataError` for data without a length, and what `matrix`
     and `eigsh` raise.
@@ -64,20 +64,20 @@ def eigsh_streaming(
         raise InputError(f"schedule must be rising shares of the data, the last of them 1; got {tuple(schedule)}")
     begun = time.perf_counter()
     batches, (_, seed) = as_batches(data), seeded(seed)
-    block_size = max(k if isinstance(k, int) else sum(k), PROBES)
     spent = 0.0
     for share in shares:
-        whole = share == 1.0
-        part, cost = (batches, 1.0) if whole else _subset(batches, share, params)
+        last = share == 1.0
+        part, cost = (batches, 1.0) if last else _subset(batches, share, params)
         A = matrix(loss, params, part, cache=0)
+        aim = k if last else _more(k, A.size)
         solution = eigsh(
             A,
-            k,
+            aim,
             which=which,
-            tol=tol if whole else max(tol, _ROUGH),
+            tol=tol if last else max(tol, _ROUGH),
             v0=v0,
             seed=seed,
-            block_size=min(block_size, A.size),
+            block_size=min(_count(k) + _GUARDS, A.size),
             max_matvecs=max_matvecs,
             progress=progress,
             throw=False,
@@ -89,6 +89,17 @@ def eigsh_streaming(
     if throw and not solution.success:
         raise NotConverged(f"{solution.status}: {solution.message}", solution)
     return solution
+
+
+def _count(k: Any) -> int:
+    return sum(k) if isinstance(k, (tuple, list)) else whole(k, "k", 1)
+
+
+def _more(k: Any, n: int) -> Any:
+    """Some more pairs than k, at both ends for (top, bottom), as far as there are any."""
+    if isinstance(k, (tuple, list)):
+        return tuple(part + _GUARDS // 2 for part in k) if sum(k) + _GUARDS <= n else k
+    return min(k + _GUARDS, n)
 
 
 def _subset(batches: Batches, share: float, params: Tree) -> tuple[Batches, float]:

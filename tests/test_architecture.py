@@ -18,7 +18,7 @@ FLOORS = [
     {"scope", "archive", "bridge", "canvas"},
     {"objective", "data", "operator", "preconditioners"},
     {"krylov", "solution", "curvature"},
-    {"certificate", "landscape", "overlap", "perturbation", "testing"},
+    {"certificate", "landscape", "overlap", "perturbation", "sampling", "testing"},
     {"plan", "implicit", "funm", "solve"},
     {"completeness", "stochastic"},
     {"thick_restart"},

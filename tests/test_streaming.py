@@ -114,16 +114,15 @@ def test_old_eigenvectors_start_a_run_without_a_subset() -> None:
     assert ((warm.values - cold.values).abs() <= warm.bounds + cold.bounds).all()
 
 
-@pytest.mark.parametrize("k", [1, (2, 1)])
-def test_loaders_shuffled_and_other_matrices(k: Any) -> None:
+@pytest.mark.parametrize("k", [1, 3])
+def test_loaders_shuffled_and_other_matrices(k: int) -> None:
     loss, params, data = mixture(2000)
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     loader = DataLoader(TensorDataset(x, y), batch_size=250, shuffle=True)
     state = torch.get_rng_state()
-    which: Any = "BE" if isinstance(k, tuple) else "LM"
-    found = eigsh_streaming(loss, params, loader, k, which=which, matrix=ggn, tol=1e-3, seed=0)
+    found = eigsh_streaming(loss, params, loader, k, matrix=ggn, tol=1e-3, seed=0)
     assert torch.equal(state, torch.get_rng_state())
-    held = eigsh(ggn(loss, params, (x, y)), k, which=which, tol=1e-3, seed=0)
+    held = eigsh(ggn(loss, params, (x, y)), k, tol=1e-3, seed=0)
     assert ((found.values - held.values).abs() <= found.bounds + held.bounds).all()
 
 
