@@ -44,8 +44,9 @@ def eigsh_streaming(
     loss      as `matrix` takes it
     data      a DataLoader or `Batches` of known length (`len`)
     schedule  rising shares of the data, the last of them 1. At each the pairs are found in blocks of k + 5 vectors,
-              started from those of the share before; a share is that of the batches that come first, held in memory, cut along
-              the first axis where it is less than one batch. (1.0,) does without, where `v0` holds earlier eigenvectors
+              started from those of the share before; a share is that of the batches that come first, held in memory,
+              cut along the first axis where it is less than one batch. (1.0,) does without, where `v0` holds earlier
+              eigenvectors, say, which save products of solving but may leave more to the proof
     matrix    `hessian`, `ggn`, `fisher`: (loss, params, data, cache=0) -> `LinearOperator`. Nothing is kept from pass
               to pass
     v0        start vectors, a stack (p, *leaf): eigenvectors at nearby parameters, say

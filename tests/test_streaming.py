@@ -66,7 +66,7 @@ class Counting:
             yield batch
 
 
-@pytest.mark.parametrize("setting", ["digits", "mixture"])
+@pytest.mark.parametrize("setting", ["digits", pytest.param("mixture", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("k", [5, 10])
 @pytest.mark.parametrize("tol", [1e-3, 1e-5])
 def test_a_block_from_a_subset_takes_less_than_half_the_passes(setting: str, k: int, tol: float) -> None:
@@ -110,7 +110,7 @@ def test_old_eigenvectors_start_a_run_without_a_subset() -> None:
     }
     warm = eigsh_streaming(loss, moved, data, 4, schedule=(1.0,), v0=old.vectors, seed=0)
     cold = eigsh_streaming(loss, moved, data, 4, schedule=(1.0,), seed=0)
-    assert warm.stats.passes < cold.stats.passes
+    assert warm.stats.matvecs - warm.stats.verification < cold.stats.matvecs - cold.stats.verification
     assert ((warm.values - cold.values).abs() <= warm.bounds + cold.bounds).all()
 
 
