@@ -24,6 +24,7 @@ from eigenfunc.overlap import gradient_overlap, gradient_shares, principal_angle
 from eigenfunc.power_iteration import power_iteration
 from eigenfunc.preconditioners import adam_preconditioner
 from eigenfunc.records import Alert, Record
+from eigenfunc.sampling import sampling_error
 from eigenfunc.solution import EigenPairs, Solution, Status
 from eigenfunc.solve import LinearSolution, solve
 from eigenfunc.stochastic.density import Density, spectral_density
@@ -31,6 +32,7 @@ from eigenfunc.stochastic.diagonal import diagonal
 from eigenfunc.stochastic.estimate import Estimate
 from eigenfunc.stochastic.functions import effective_dimension, logdet, moments
 from eigenfunc.stochastic.trace import frobenius_norm, trace
+from eigenfunc.streaming import eigsh_streaming
 from eigenfunc.subspace_iteration import subspace_iteration
 from eigenfunc.track import SpectrumTracker
 
@@ -62,6 +64,7 @@ __all__ = [
     "effective_dimension",
     "eigsh",
     "eigsh_blocks",
+    "eigsh_streaming",
     "fisher",
     "fishervp",
     "frobenius_norm",
@@ -81,6 +84,7 @@ __all__ = [
     "power_iteration",
     "principal_angles",
     "quadrature",
+    "sampling_error",
     "sharpness",
     "solve",
     "spectral_density",

@@ -61,7 +61,7 @@ class Products:
     def random(self, generator: torch.Generator) -> Tensor:
         """A unit vector (1, n), uniform on the sphere."""
         x = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.dtype)
-        return torch.div(x, torch.linalg.vector_norm(x)).to(self.device)
+        return torch.div(x, float(tree.norm(x))).to(self.device)
 
     def calibrate(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two products with one random unit vector: checks their shape, sets `scale`, measures `noise`.
@@ -210,7 +210,9 @@ def _given(v0: Tree, products: Products) -> Tensor:
     stacked = len(leaves) == len(refs) and all(
         isinstance(x, Tensor) and x.ndim == ref.ndim + 1 for x, ref in zip(leaves, refs, strict=True)
     )
-    tree.check_like(v0, like, "v0", stacked=stacked, dtypes=False)  # a solution's vectors are wider than half precision
+    full = tree.tree_map(lambda leaf: leaf.to(torch.promote_types(leaf.dtype, torch.float32)), like)
+    solved = [getattr(x, "dtype", None) for x in leaves] == [x.dtype for x in tree.leaves(full)]
+    tree.check_like(v0, full if solved else like, "v0", stacked=stacked)  # solutions widen half precision
     if stacked and len(leaves[0]) == 0:
         raise InputError("v0 is a stack of no vectors")
     flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach(), v0), like)
