@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import resource
 import sys
@@ -11,6 +12,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,17 @@ from tqdm.auto import tqdm
 
 from eigenfunc import demo, plot, tree
 from eigenfunc._version import __version__
+from eigenfunc.certificate import seeded
 from eigenfunc.curvature.hessian import hessian
+from eigenfunc.distributed.deal import share
+from eigenfunc.distributed.parallel import data_parallel
+from eigenfunc.distributed.team import first, launched
 from eigenfunc.eigsh import eigsh
-from eigenfunc.errors import EigenfuncError, InputError
+from eigenfunc.errors import DistributedError, EigenfuncError, InputError
 from eigenfunc.operator import LinearOperator
 from eigenfunc.solution import Solution
 
-CONVERGED, NOT_CONVERGED, BAD_INPUT = 0, 3, 2
+CONVERGED, NOT_CONVERGED, BAD_INPUT, LOST = 0, 3, 2, 4
 
 _SMALLEST = 5  # eigenpairs at the lower end that the demo adds
 _EXAMPLE = """A problem file defines make_problem(), which returns (loss, params, data):
@@ -39,6 +46,9 @@ _EXAMPLE = """A problem file defines make_problem(), which returns (loss, params
         inputs, targets = torch.randn(100, 4), torch.randint(0, 3, (100,))
         loss, params = functional_loss(model, torch.nn.CrossEntropyLoss())
         return loss, params, (inputs, targets)   # data: one batch, a DataLoader, or Batches([...])
+
+With torchrun --nproc-per-node N -m eigenfunc run PROBLEM.py the batches of a DataLoader or of Batches are dealt out to
+N processes. Where data is a function, data(rank, world_size) gives the share of a process; alone it is data(0, 1).
 """
 
 
@@ -47,7 +57,8 @@ class _Wrong(InputError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 all converged, 3 not all converged, 2 bad input."""
+    """Run the command line and return its exit code: 0 all converged, 3 not all converged, 2 bad input, 4 another
+    process of the same run failed, died or hangs."""
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or printed the help
@@ -59,14 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(args.command(args))
         except EigenfuncError as error:
             print(f"eigenfunc: {error}", file=sys.stderr)
-            return BAD_INPUT
+            return LOST if isinstance(error, DistributedError) else BAD_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="eigenfunc",
         description="Certified eigenpairs of the Hessian of a PyTorch loss. "
-        "Exit codes: 0 all converged, 3 finished but not all converged, 2 bad input.",
+        "Exit codes: 0 all converged, 3 finished but not all converged, 2 bad input, 4 another process of the run "
+        "failed; torchrun makes 1 of all but 0.",
     )
     parser.add_argument("--version", action="version", version=f"eigenfunc {__version__}")
     commands = parser.add_subparsers(required=True)
@@ -82,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--which", choices=("LM", "LA", "SA", "BE"), default="LM")
     run.add_argument("--tol", type=float, default=1e-4, help="relative to each eigenvalue")
     run.add_argument("--seed", type=int, default=None)
+    wait = "under torchrun, seconds after which a process gives up waiting for another"
+    run.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help=wait)
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
     for command in (show, run):
         command.add_argument("--out", type=Path, default=Path("eigenfunc-out"), metavar="DIR")
@@ -128,12 +142,18 @@ def _dense_truth(A: LinearOperator, k: int) -> Tensor:
 
 
 def _run(args: argparse.Namespace) -> int:
-    loss, params, data = _problem(args.problem)
-    with _Traced(args.problem):
-        A = hessian(loss, params, data)
-        print(A.describe())
-        solution = eigsh(A, args.k, which=args.which, tol=args.tol, seed=args.seed, progress=True, throw=False)
-    return _finish(args, solution, A, {"problem": str(args.problem)}, {})
+    with launched(args.timeout) as (rank, size), redirect_stdout(io.StringIO()) if rank else nullcontext():
+        loss, params, data = _problem(args.problem)
+        with _Traced(args.problem):
+            if callable(data):
+                data = data(rank, size)
+            elif size > 1:
+                data = share(data, rank, size)
+            A = hessian(loss, params, data) if size == 1 else data_parallel(hessian, loss, params, data)
+            print(A.describe())
+            wanted = {"which": args.which, "tol": args.tol, "seed": first(lambda: seeded(args.seed)[1])}
+            solution = eigsh(A, args.k, **wanted, progress=not rank, throw=False)
+        return first(partial(_finish, args, solution, A, {"problem": str(args.problem)}, {}))
 
 
 class _Traced:

@@ -45,6 +45,10 @@ class NotConverged(EigenfuncError, RuntimeError):
         self.solution = solution
 
 
+class DistributedError(EigenfuncError, RuntimeError):
+    """Another process failed, died or does not answer, or the processes no longer do the same."""
+
+
 class DataWarning(UserWarning):
     """Two passes over the data disagree: the matrix changes between products."""
 

@@ -218,6 +218,11 @@ def unravel(flat: Tensor, like: Tree, *, narrow: bool = True) -> Tree:
     )
 
 
+def is_sharded(leaf: Tensor) -> bool:
+    """Whether a tensor is a DTensor, asked without the import that only its users have paid for."""
+    return any(kind.__name__ == "DTensor" for kind in type(leaf).__mro__)
+
+
 def check_vector_space(like: Tree, what: str) -> None:
     """Refuse trees that cannot serve as vectors: no leaf, not tensors, not real floats, several devices."""
     flat = leaves(like)
@@ -230,6 +235,8 @@ def check_vector_space(like: Tree, what: str) -> None:
                 f"{where} is a {type(leaf).__name__}, not a tensor. Pass a pytree whose leaves are all tensors; "
                 "register your own containers with optree.register_pytree_node"
             )
+        if is_sharded(leaf):
+            raise TreeError(f"{where} is a DTensor, a part of a tensor on several processes; pass its .full_tensor()")
         if leaf.is_complex():
             raise TreeError(f"{where} is complex ({leaf.dtype}); split it with torch.view_as_real")
         if not leaf.is_floating_point():

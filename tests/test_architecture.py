@@ -18,6 +18,7 @@ FLOORS = [
     {"scope"},
     {"objective", "data", "operator"},
     {"krylov", "solution", "curvature"},
+    {"distributed"},
     {"certificate", "perturbation", "stochastic", "testing"},
     {"plan", "implicit"},
     {"completeness"},

@@ -151,7 +151,7 @@ class _SetUp(NamedTuple, Generic[F]):
 
         def describe() -> str:
             error = f", off by at most {matrix.noise():.0e} for unit vectors so far" if asked else ""
-            return f"{prefix}{error}; {sweep.describe()}{figures}"
+            return f"{prefix}{error}; {sweep.describe()}{figures}{scope.process()}"
 
         return LinearOperator(matvec, point, matmat, sweep.minibatches, describe, matrix.noise, sweep.block_ratio)
 
