@@ -39,13 +39,14 @@ def share(data: Any, rank: int, world_size: int) -> Any:
 
 def _part_of_loader(loader: DataLoader[Any], rank: int, world_size: int) -> DataLoader[Any]:
     """A loader that reads the batches rank, rank + world_size, … of another and nothing else."""
-    size = loader.batch_size or 1
+    cutter: Any = loader.batch_sampler  # None where each item of the data set is a batch
+    size = 1 if cutter is None else cutter.batch_size
     count = len(loader.dataset)  # type: ignore[arg-type]
-    stop = count - count % size if loader.drop_last else count
+    stop = count - count % size if cutter is not None and cutter.drop_last else count
     mine = [i for i in range(stop) if i // size % world_size == rank]
     return DataLoader(
         Subset(loader.dataset, mine),
-        batch_size=loader.batch_size,
+        batch_size=None if cutter is None else size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
