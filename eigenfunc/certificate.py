@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
+from eigenfunc.distributed.columns import Columns
 from eigenfunc.errors import InputError, NonFiniteError, TransformError
 from eigenfunc.krylov import basis
 from eigenfunc.operator import LinearOperator, MatVec, aslinearoperator
@@ -22,9 +23,12 @@ class Products:
 
     `scale`, a power of two, is 1 unless products of unit vectors are so large or small that their squares leave
     the range of the dtype. `noise` is the relative error of a product, measured by forming one in two ways.
+
+    With `columns` the stacks are one process's part of them, (p, width): then products are to be formed, and whatever
+    is done with them, inside of `tree.summed(columns.total)`.
     """
 
-    def __init__(self, A: Any) -> None:
+    def __init__(self, A: Any, columns: Columns | None = None) -> None:
         if scope.inside_transform():
             raise TransformError(
                 "solvers with a convergence test read values, which no torch.func transform allows; inside vmap, grad "
@@ -34,6 +38,8 @@ class Products:
         tree.check_vector_space(A.like, "the operator's `like`")
         self.A: LinearOperator = A
         self.size = A.size
+        self.columns = columns
+        self.width = A.size if columns is None else columns.width  # of a stack
         self.dtype = tree.work_dtype(A.like)
         self.eps = torch.finfo(self.dtype).eps
         self.device = tree.device(A.like)
@@ -45,11 +51,19 @@ class Products:
     def __call__(self, block: Tensor) -> Tensor:
         self.matvecs += block.shape[0]
         self.passes += 1
-        vs = tree.unravel(block, self.A.like)
+        vs = tree.unravel(self.whole(block), self.A.like)
         single = block.shape[0] == 1
-        image = tree.lifted(self.A.matvec(tree.row(vs, 0))) if single else self.A.matmat(vs)
-        flat = tree.ravel(image, self.A.like)
+        with tree.summed(None):
+            image = tree.lifted(self.A.matvec(tree.row(vs, 0))) if single else self.A.matmat(vs)
+        flat = self.cut(tree.ravel(image, self.A.like))
         return flat if self.scale == 1.0 else torch.div(flat, self.scale)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """A stack (p, n) of what is held as (p, width)."""
+        return part if self.columns is None else self.columns.whole(part)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        return whole if self.columns is None else self.columns.cut(whole)
 
     def minibatch(self, matvec: MatVec, v: Tensor) -> Tensor:
         """The flat product (n,) with a stand-in for A, one of its mini-batches."""
@@ -58,17 +72,18 @@ class Products:
         return torch.div(flat, self.scale)
 
     def random(self, generator: torch.Generator) -> Tensor:
-        """A unit vector (1, n), uniform on the sphere."""
+        """A unit vector (1, width), uniform on the sphere."""
         x = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.dtype)
-        return torch.div(x, torch.linalg.vector_norm(x)).to(self.device)
+        return self.cut(torch.div(x, torch.linalg.vector_norm(x)).to(self.device))
 
     def calibrate(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two products with one random unit vector: checks their shape, sets `scale`, measures `noise`.
 
-        Returns the vector (1, n) and its image.
+        Returns the vector (1, width) and its image.
         """
         u = self.random(generator)
-        product = self.A.matvec(tree.row(tree.unravel(u, self.A.like), 0))
+        with tree.summed(None):
+            product = self.A.matvec(tree.row(tree.unravel(self.whole(u), self.A.like), 0))
         tree.check_like(product, self.A.like, "the operator's product")
         self.matvecs, self.passes = 1, 1
         image = tree.ravel(product, self.A.like)[None]
@@ -78,7 +93,7 @@ class Products:
         comfortable = torch.finfo(self.dtype).tiny ** 0.25
         if largest > 0 and not comfortable < largest < 1 / comfortable:
             self.scale = 2.0 ** math.floor(math.log2(largest))
-        image = image / self.scale
+        image = self.cut(image / self.scale)
         other = self(0.7 * u) / 0.7
         length = float(tree.norm(image))
         self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
@@ -156,14 +171,14 @@ def seeded(seed: int | None) -> tuple[torch.Generator, int]:
 
 
 def start_block(v0: Tree | None, block_size: int, products: Products, generator: torch.Generator) -> Tensor:
-    """Orthonormal start vectors (block_size, n): sums of those given, random ones where there are too few.
+    """Orthonormal start vectors (block_size, width): sums of those given, random ones where there are too few.
 
     The i-th given vector joins row i modulo the block size.
     """
     if v0 is None:
-        given = torch.empty(0, products.size, dtype=products.dtype, device=products.device)
+        given = torch.empty(0, products.width, dtype=products.dtype, device=products.device)
     else:
-        given = _given(v0, products)
+        given = products.cut(_given(v0, products))
     rows = []
     for i in range(block_size):
         total = given[i::block_size].sum(0, keepdim=True)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import endgame, scope
+from eigenfunc import endgame, scope, tree
 from eigenfunc.certificate import Products, seeded, start_block
+from eigenfunc.distributed.columns import Columns
+from eigenfunc.distributed.team import Group
 from eigenfunc.errors import InputError
+from eigenfunc.operator import aslinearoperator
 from eigenfunc.plan import plan_for
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
@@ -33,6 +36,7 @@ def eigsh(
     block_size: int | None = None,
     basis_dtype: torch.dtype | None = None,
     max_matvecs: int | None = None,
+    group: Group = None,
     progress: bool = False,
     throw: bool = True,
 ) -> Solution:
@@ -53,9 +57,13 @@ def eigsh(
                 1e-3 of ‖A‖, the errors of values to their squares; default: the dtype of the products
     max_matvecs products that may be spent on solving; those that verify (k fresh ones, the probe, the noise: k + 10
                 as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
+    group       processes of torch.distributed, each of which calls this with the same arguments and the same operator
+                (of `data_parallel`, say), and keeps one of their number parts of the basis. A product gathers the whole
+                vector from them, an inner product is a sum over them; the seed is that of the first
     throw       raise `NotConverged`, which carries the solution, unless every pair converged
 
-    Memory: basis_size + block_size vectors, and about 5k more at the end. Before pairs are called converged, the
+    Memory: basis_size + block_size vectors, and about 5k more at the end; with a group that over its size, beside a
+    few whole vectors and the k that are returned. Before pairs are called converged, the
     eigenvalues beyond them are counted: by Sylvester's law of inertia from what was multiplied, and by a Lanczos chain
     from a random vector for the rest. Whatever the spectrum and the start vector, the chance that an eigenvalue beyond
     the tolerance of the last wanted one escapes is at most one in a thousand on each side; `bounds` are widened by
@@ -69,7 +77,9 @@ def eigsh(
     Appl. 22 (2000).
     """
     begun = time.perf_counter()
-    products = Products(A)
+    A = aslinearoperator(A)
+    columns = None if group is None else Columns(A.size, group)
+    products = Products(A, columns)
     plan = plan_for(
         k,
         which,
@@ -82,13 +92,14 @@ def eigsh(
     )
     if basis_dtype not in (None, torch.float16, torch.bfloat16):
         raise InputError(f"basis_dtype must be torch.float16 or torch.bfloat16, or left out, got {basis_dtype!r}")
-    generator, seed = seeded(seed)
-    given = None if v0 is None else start_block(v0, plan.block_size, products, generator)
+    generator, seed = seeded(seed if columns is None else columns.agreed(seeded(seed)[1]))
     with (
+        tree.summed(None if columns is None else columns.total),
         scope.full_precision(products.device),
         torch.no_grad(),
         tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar,
     ):
+        given = None if v0 is None else start_block(v0, plan.block_size, products, generator)
         tried, image = products.calibrate(generator)
         run = Run(plan, products, generator, bar if progress else None, basis_dtype)
         _start(run, given, tried, image)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -20,6 +22,9 @@ from eigenfunc.errors import InputError, TreeError
 
 Tree: TypeAlias = Any
 Select: TypeAlias = Callable[[str], bool] | str | Sequence[str]
+
+Total = Callable[[Tensor], Tensor]
+_TOTAL: ContextVar[Total | None] = ContextVar("total", default=None)
 
 _SLICE = 4_096  # entries of a float32 dot product before the partial sums go to float64
 _COLUMNS = 16_384  # entries of each vector that are held in float64 at a time: few enough for the cache
@@ -115,14 +120,34 @@ def matrix(leaf: Tensor) -> Tensor:
     return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
 
 
+@contextmanager
+def summed(total: Total | None) -> Iterator[None]:
+    """Within, vectors are parts, whose inner products and norms become those of whole vectors by `total`: a sum over
+    those who hold the other parts. None for whole vectors."""
+    token = _TOTAL.set(total)
+    try:
+        yield
+    finally:
+        _TOTAL.reset(token)
+
+
+def _total() -> Total | None:
+    return None if torch.compiler.is_compiling() else _TOTAL.get()
+
+
+def _of_whole(part: Tensor | None) -> Tensor:
+    assert part is not None
+    total = _total()
+    return part if total is None else total(part)
+
+
 def gram(x: Tree, y: Tree) -> Tensor:
     """Inner products (p, q), in float64, between the stacks x (p, *leaf) and y (q, *leaf)."""
     total: Tensor | None = None
     for a, b in zip(leaves(x), leaves(y), strict=True):
         part = _gram_leaf(matrix(a), matrix(b))
         total = part if total is None else total + part
-    assert total is not None
-    return total
+    return _of_whole(total)
 
 
 def wide(leaf: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -157,8 +182,7 @@ def exact_gram(x: Tree, y: Tree) -> Tensor:
             columns = slice(start, start + _COLUMNS)
             part = matrix(a)[:, columns].double() @ matrix(b)[:, columns].double().mT
             total = part if total is None else total + part
-    assert total is not None
-    return total
+    return _of_whole(total)
 
 
 def combine(c: Tensor, x: Tree, dtype: torch.dtype | None = None) -> Tree:
@@ -176,8 +200,8 @@ def combine(c: Tensor, x: Tree, dtype: torch.dtype | None = None) -> Tree:
 def norms(x: Tree) -> Tensor:
     """Euclidean norms (p,), in float64, of a stack x (p, *leaf)."""
     parts = [torch.linalg.vector_norm(matrix(leaf), dim=1, dtype=torch.float64) for leaf in leaves(x)]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    return total
+    lengths: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return lengths if _total() is None else _of_whole(lengths * lengths).sqrt()
 
 
 def dot(x: Tree, y: Tree) -> Tensor:

@@ -7,6 +7,7 @@ what it returns.
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eigenfunc import Batches, eigsh, fisher, functional_loss, ggn, hessian, tree
+from eigenfunc import Batches, LinearOperator, eigsh, fisher, functional_loss, ggn, hessian, tree
 from eigenfunc.distributed.parallel import Stop, data_parallel
 from eigenfunc.errors import EigenfuncError
 from tests.helpers import flat, random_like
@@ -246,12 +247,54 @@ def wrapped(rank: int, size: int) -> dict[str, Any]:
     return found
 
 
+def spread(rank: int, size: int) -> dict[str, Any]:
+    """A basis of which each process has its columns."""
+    model, inputs, targets = problem()
+    loss, params = functional_loss(model, nn.CrossEntropyLoss())
+    A = data_parallel(hessian, loss, params, batches(inputs, targets, *((0, COUNT) if rank == 0 else (0, 0))))
+    world = dist.group.WORLD
+    found: dict[str, Any] = {}
+    for name, how in SPREAD.items():
+        solution = eigsh(A, 5, seed=3 + rank, group=world, **{"tol": 1e-8, "basis_size": 20, **how})
+        X = torch.stack([flat(tree.row(solution.vectors, i)) for i in range(5)])
+        found[name] = (solution.values, X, solution.residuals, solution.bounds, solution.stats)
+    v0 = {name: x[:2] for name, x in solution.vectors.items()}
+    found["v0"] = eigsh(A, 2, tol=1e-6, v0=v0, which="BE", seed=1, group=world, basis_size=20).stats.matvecs
+    found["v0, one process"] = eigsh(A, 2, tol=1e-6, v0=v0, which="BE", seed=1, basis_size=20).stats.matvecs
+    deflated = A.deflate(eigsh(A, 2, seed=0))
+    found["deflated"] = eigsh(deflated, 1, tol=1e-8, seed=0, group=world).values
+    found["tiny"] = eigsh(torch.diag(torch.arange(1.0, 4.0)).double(), 3, seed=0, group=world).values
+    return found
+
+
+SPREAD: dict[str, dict[str, Any]] = {
+    "LM": {},
+    "BE": {"which": "BE"},
+    "SA": {"which": "SA", "basis_size": 43},
+    "blocks": {"block_size": 3},
+    "half": {"basis_dtype": torch.bfloat16, "tol": 1e-2},
+}
+
+
+def memory(rank: int, size: int) -> dict[str, Any]:
+    """The peak memory of a run with a basis large beside all else, and of one with a tenth of its vectors."""
+    n, found = 400_000, {}
+    values = torch.linspace(0.1, 1.0, n, dtype=torch.float32)
+    values[:4] = torch.tensor([9.0, 7.0, 5.0, 4.0])
+    A = LinearOperator(lambda v: values * v, values)
+    for count in (40, 400):
+        solution = eigsh(A, 2, tol=1e-2, seed=0, basis_size=count, group=dist.group.WORLD)
+        found[count] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, solution.stats.basis_bytes)
+    return found
+
+
 def pair(rank: int, size: int) -> dict[str, Any]:
-    return {"sums": sums(rank, size), **solutions(rank, size), **troubles(rank, size), **wrapped(rank, size)}
+    found = {"sums": sums(rank, size), "spread": spread(rank, size)}
+    return {**found, **solutions(rank, size), **troubles(rank, size), **wrapped(rank, size)}
 
 
 def four(rank: int, size: int) -> dict[str, Any]:
-    return {"sums": sums(rank, size), **solutions(rank, size)}
+    return {"sums": sums(rank, size), "spread": spread(rank, size), **solutions(rank, size)}
 
 
 def _long(rank: int, event: Callable[[], None]) -> None:
