@@ -100,6 +100,42 @@ def test_a_solver_runs_on_all_ranks_to_the_same_certified_pairs(all_ranks: list[
         assert found["ratio"] == all_ranks[0]["ratio"] > 0
 
 
+@pytest.mark.parametrize("name", list(ranks.SPREAD))
+def test_a_basis_in_parts_gives_the_same_certified_pairs(all_ranks: list[Any], name: str) -> None:
+    A, how = truth("mean"), ranks.SPREAD[name]
+    expected = wanted(torch.linalg.eigvalsh(A), 5, how.get("which", "LM"))
+    for found in all_ranks:
+        values, X, residuals, bounds, stats = found["spread"][name]
+        assert ((values - expected).abs() <= bounds).all()
+        true = torch.linalg.vector_norm(X @ A - values[:, None] * X, dim=1)
+        assert (true - residuals).abs().max() < 1e-13
+        assert residuals.max() < how.get("tol", 1e-8)
+        assert (X @ X.mT - torch.eye(5)).abs().max() < 1e-14
+        assert torch.equal(X, all_ranks[0]["spread"][name][1])
+        rows = how.get("basis_size", 20) + how.get("block_size", 1)
+        assert stats.basis_bytes == rows * -(-43 // len(all_ranks)) * how.get("basis_dtype", torch.float64).itemsize
+        assert stats.seed == 3
+
+
+def test_a_basis_in_parts_composes(all_ranks: list[Any]) -> None:
+    falling = torch.linalg.eigvalsh(truth("mean")).flip(0)
+    for found in (found["spread"] for found in all_ranks):
+        assert found["v0"] == found["v0, one process"]
+        assert torch.allclose(found["deflated"], falling[2:3], rtol=1e-10)
+        assert torch.allclose(found["tiny"], torch.tensor([3.0, 2.0, 1.0]).double(), rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_basis_falls_as_the_number_of_processes(tmp_path: Path) -> None:
+    def grown(size: int) -> list[int]:
+        """What 360 more vectors cost each process, at its peak."""
+        return [found[400][0] - found[40][0] for found in ranks.together("memory", size, tmp_path / str(size))]
+
+    (alone,) = grown(1)
+    for size in (2, 4):
+        assert max(grown(size)) < 1.1 * alone / size
+
+
 def test_mini_batches_of_a_pass_average_to_the_matrix(all_ranks: list[Any]) -> None:
     v = flat(random_like(functional_loss(ranks.problem()[0], nn.CrossEntropyLoss())[1]))
     for found in all_ranks:
