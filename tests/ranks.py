@@ -132,7 +132,10 @@ def solutions(rank: int, size: int) -> dict[str, Any]:
     passed = [flat(next(stream)(v)) for _ in range(COUNT // size // 8)]
     differences = data_parallel(hessian, loss, params, even, product="finite-difference")
     differences.matvec(v)
+    own = hessian(loss, params, even, product="finite-difference")
+    own.matvec(v)
     return {
+        "own noise": own.noise(),
         "values": solution.values,
         "residuals": solution.residuals,
         "vectors": torch.stack([flat(tree.row(solution.vectors, i)) for i in range(12)]),
@@ -330,6 +333,8 @@ def main() -> None:
     found = globals()[part](rank, size)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # torch's threads of communication can abort a process that is taken down
 
 
 if __name__ == "__main__":
