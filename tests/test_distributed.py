@@ -342,6 +342,11 @@ DATA = {
     "one batch": """
     return loss, params, (inputs, targets)
 """,
+    "hard": """
+    slopes = torch.linspace(0, 1, 20_000).double() ** 4
+    params = torch.ones(20_000).double()
+    return lambda p, batch: (slopes * p**2).sum() / 2, params, Batches([torch.zeros(1)] * 4)
+""",
     "dies": """
     calls = []
     def dying(params, batch):
@@ -437,7 +442,7 @@ def test_failures_under_torchrun_end_it(tmp_path: Path, kind: str, words: str) -
 
 @pytest.mark.slow
 def test_not_converged_under_torchrun_is_told_by_the_report(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "list", "--tol", "1e-17")
+    done = torchrun(tmp_path, "hard", "--which", "SA", "--tol", "1e-9")
     assert done.returncode == 1
     assert "exitcode  : 3" in done.stderr
-    assert (tmp_path / "out" / "report.json").exists()
+    assert not json.loads((tmp_path / "out" / "report.json").read_text())["converged"][-1]
