@@ -80,16 +80,8 @@ def eigsh(
     A = aslinearoperator(A)
     columns = None if group is None else Columns(A.size, group)
     products = Products(A, columns)
-    plan = plan_for(
-        k,
-        which,
-        tol,
-        products.size,
-        basis_size=basis_size,
-        block_size=block_size,
-        block_ratio=products.A.block_ratio,
-        max_matvecs=max_matvecs,
-    )
+    sizes = {"basis_size": basis_size, "block_size": block_size, "max_matvecs": max_matvecs}
+    plan = plan_for(k, which, tol, products.size, block_ratio=products.A.block_ratio, **sizes)
     if basis_dtype not in (None, torch.float16, torch.bfloat16):
         raise InputError(f"basis_dtype must be torch.float16 or torch.bfloat16, or left out, got {basis_dtype!r}")
     generator, seed = seeded(seed if columns is None else columns.agreed(seeded(seed)[1]))

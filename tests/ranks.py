@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from eigenfunc import Batches, LinearOperator, eigsh, fisher, functional_loss, ggn, hessian, tree
 from eigenfunc.distributed.parallel import Stop, data_parallel
 from eigenfunc.errors import EigenfuncError
-from tests.helpers import flat, random_like
+from tests.helpers import dense_hessian, flat, random_like
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 3.0  # seconds that processes wait for one that hangs
@@ -91,6 +92,20 @@ CASES: dict[str, tuple[Any, nn.Module, dict[str, Any]]] = {
     "ggn": (ggn, nn.CrossEntropyLoss(), {}),
     "fisher": (fisher, nn.CrossEntropyLoss(), {}),
 }
+
+
+@cache
+def truth(case: str) -> Tensor:
+    """The dense matrix over all of the data, in one piece."""
+    model, inputs, targets = problem()
+    loss, params = functional_loss(model, CASES[case][1])
+    if case in ("mean", "sum", "weights"):
+        return dense_hessian(lambda p: loss(p, (inputs, targets)), params)
+    jacobians = torch.func.jacrev(lambda p: loss.predict(p, inputs))(params)
+    J = torch.cat([jacobians[name].flatten(2) for name in sorted(params)], dim=2)
+    p = loss.predict(params, inputs).softmax(1)
+    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("bim,bij,bjn->mn", J, middle, J) / len(inputs)
 
 
 def _said(f: Callable[[], Any]) -> tuple[str, str]:

@@ -1,18 +1,10 @@
 """Several processes: the same numbers as one, and no process left waiting for another.
 
-Processes are started by tests/ranks.py, with a time limit. The larger part under torchrun:
-`pytest -m slow tests/test_distributed.py`.
+Processes are started by tests/ranks.py, with a time limit. Memory: `pytest -m slow tests/test_distributed.py`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from eigenfunc import Batches, functional_loss, hessian, tree
-from eigenfunc.cli import main
 from eigenfunc.distributed.deal import share
 from eigenfunc.distributed.parallel import data_parallel
 from eigenfunc.distributed.team import checksum
 from eigenfunc.errors import DataError, InputError
 from tests import ranks
-from tests.helpers import dense_hessian, flat, random_like, wanted
-from tests.ranks import CASES, SHARDS
+from tests.helpers import flat, random_like, wanted
+from tests.ranks import CASES, SHARDS, truth
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,20 +40,6 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def all_ranks(request: pytest.FixtureRequest) -> list[Any]:
     found: list[Any] = request.getfixturevalue({2: "pair", 4: "four"}[request.param])
     return found
-
-
-@cache
-def truth(case: str) -> Tensor:
-    """The dense matrix over all of the data, in one piece."""
-    model, inputs, targets = ranks.problem()
-    loss, params = functional_loss(model, CASES[case][1])
-    if case in ("mean", "sum", "weights"):
-        return dense_hessian(lambda p: loss(p, (inputs, targets)), params)
-    jacobians = torch.func.jacrev(lambda p: loss.predict(p, inputs))(params)
-    J = torch.cat([jacobians[name].flatten(2) for name in sorted(params)], dim=2)
-    p = loss.predict(params, inputs).softmax(1)
-    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    return torch.einsum("bim,bij,bjn->mn", J, middle, J) / len(inputs)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -310,139 +287,3 @@ def test_checksums_tell_vectors_apart(dtype: torch.dtype, n: int, data: st.DataO
 def test_checksums_see_signs_and_order() -> None:
     v = torch.tensor([1.0, -1.0, -1.0, 1.0])
     assert len({int(checksum(x)) for x in (v, -v, v[[1, 0, 2, 3]], torch.zeros(4))}) == 4
-
-
-PROBLEM = """
-import os, signal, time
-import torch
-from eigenfunc import Batches
-from tests import ranks
-from torch import nn
-from eigenfunc import functional_loss
-
-def make_problem():
-    print("made", flush=True)
-    model, inputs, targets = ranks.problem()
-    loss, params = functional_loss(model, nn.CrossEntropyLoss())
-"""
-DATA = {
-    "function": """
-    def data(rank, world_size):
-        stops = [0, 7, 64] if world_size == 2 else [0, 64]
-        return inputs[stops[rank]:stops[rank + 1]], targets[stops[rank]:stops[rank + 1]]
-    return loss, params, data
-""",
-    "list": """
-    return loss, params, Batches(list(zip(inputs.split(9), targets.split(9))))
-""",
-    "loader": """
-    samples = torch.utils.data.TensorDataset(inputs, targets)
-    return loss, params, torch.utils.data.DataLoader(samples, batch_size=10)
-""",
-    "one batch": """
-    return loss, params, (inputs, targets)
-""",
-    "hard": """
-    slopes = torch.linspace(0, 1, 20_000).double() ** 4
-    params = torch.ones(20_000).double()
-    return lambda p, batch: (slopes * p**2).sum() / 2, params, Batches([torch.zeros(1)] * 4)
-""",
-    "dies": """
-    calls = []
-    def dying(params, batch):
-        calls.append(1)
-        if len(calls) > 60 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return loss(params, batch)
-    return dying, params, Batches([(inputs, targets)] * 200)
-""",
-    "hangs": """
-    calls = []
-    def hanging(params, batch):
-        calls.append(1)
-        if len(calls) > 60 and os.environ["RANK"] == "1":
-            time.sleep(3600)
-        return loss(params, batch)
-    return hanging, params, Batches([(inputs, targets)] * 200)
-""",
-    "fails": """
-    def failing(params, batch):
-        if os.environ["RANK"] == "1":
-            raise ValueError("out of luck")
-        return loss(params, batch)
-    return failing, params, Batches([(inputs, targets)] * 4)
-""",
-}
-
-
-def torchrun(tmp_path: Path, kind: str, *options: str) -> subprocess.CompletedProcess[str]:
-    path = tmp_path / "problem.py"
-    path.write_text(PROBLEM + DATA[kind])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "eigenfunc", "run", str(path), "--k", "4", "--tol", "1e-8", "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    with subprocess.Popen(
-        [*command, *options],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as started:
-        try:
-            said = started.communicate(timeout=180)
-        finally:
-            with suppress(ProcessLookupError):  # its workers with it
-                os.killpg(started.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, started.returncode, *said)
-
-
-def check_report(tmp_path: Path) -> None:
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    values = torch.tensor(report["values"], dtype=torch.float64)
-    expected = wanted(torch.linalg.eigvalsh(truth("mean")), 4, "LM")
-    assert ((values - expected).abs() <= torch.tensor(report["bounds"]).double() + 1e-12).all()
-
-
-def test_a_function_for_data_is_called_in_one_process(tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "problem.py"
-    path.write_text(PROBLEM + DATA["function"])
-    assert main(["run", str(path), "--k", "4", "--tol", "1e-8", "--out", str(tmp_path / "out")]) == 0
-    check_report(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "kind", ["function", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("list", "loader"))]
-)
-def test_run_under_torchrun_speaks_and_writes_once(tmp_path: Path, kind: str) -> None:
-    done = torchrun(tmp_path, kind)
-    assert done.returncode == 0, done.stderr
-    check_report(tmp_path)
-    assert done.stdout.count("made") == done.stdout.count("wrote report.json") == 1
-    assert "sum over 2 processes, rank 0" in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("one batch", "cannot be dealt out to 2 processes"),
-        ("dies", "Signal 9 (SIGKILL) received by PID"),
-        ("hangs", "no longer reaches the others"),
-        ("fails", "another process failed. rank 1: ValueError: out of luck"),
-    ],
-)
-def test_failures_under_torchrun_end_it(tmp_path: Path, kind: str, words: str) -> None:
-    done = torchrun(tmp_path, kind, "--timeout", "15")
-    assert done.returncode == 1
-    assert words in done.stderr, done.stderr
-    assert not (tmp_path / "out" / "report.json").exists()
-
-
-@pytest.mark.slow
-def test_not_converged_under_torchrun_is_told_by_the_report(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "hard", "--which", "SA", "--tol", "1e-9")
-    assert done.returncode == 1
-    assert "exitcode  : 3" in done.stderr
-    assert not json.loads((tmp_path / "out" / "report.json").read_text())["converged"][-1]
