@@ -1,6 +1,7 @@
 """Eigenvalues, eigenvectors and spectra of the curvature of any PyTorch loss, from matrix-vector products alone."""
 
 from eigenfunc._version import __version__
+from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.compat import compute_hessian_eigenthings
 from eigenfunc.curvature.fisher import fisher, fishervp
 from eigenfunc.curvature.ggn import ggn, ggnvp
@@ -9,42 +10,78 @@ from eigenfunc.curvature.products import hvp
 from eigenfunc.data import Batches
 from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import EigenfuncError, NotConverged
+from eigenfunc.funm import FunctionProduct, funm_multiply
 from eigenfunc.implicit import sharpness, top_eigenpairs
 from eigenfunc.krylov.lanczos import Tridiagonal, lanczos
 from eigenfunc.krylov.power import power
+from eigenfunc.krylov.probes import trace_probes
+from eigenfunc.krylov.quadrature import Quadrature, quadrature
+from eigenfunc.layers import blocks, eigsh_blocks
 from eigenfunc.lobpcg import lobpcg
 from eigenfunc.objective import Objective, functional_loss
 from eigenfunc.operator import LinearOperator, aslinearoperator
+from eigenfunc.overlap import gradient_overlap, gradient_shares, principal_angles, subspace_overlap
 from eigenfunc.power_iteration import power_iteration
+from eigenfunc.preconditioners import adam_preconditioner
 from eigenfunc.solution import EigenPairs, Solution, Status
+from eigenfunc.solve import LinearSolution, solve
+from eigenfunc.stochastic.density import Density, spectral_density
+from eigenfunc.stochastic.diagonal import diagonal
+from eigenfunc.stochastic.estimate import Estimate
+from eigenfunc.stochastic.functions import effective_dimension, logdet, moments
+from eigenfunc.stochastic.trace import frobenius_norm, trace
 from eigenfunc.subspace_iteration import subspace_iteration
 
 __all__ = [
     "Batches",
+    "Checkpoint",
+    "Density",
     "EigenPairs",
     "EigenfuncError",
+    "Estimate",
+    "FunctionProduct",
     "LinearOperator",
+    "LinearSolution",
     "NotConverged",
     "Objective",
+    "Quadrature",
     "Solution",
     "Status",
     "Tridiagonal",
     "__version__",
+    "adam_preconditioner",
     "aslinearoperator",
+    "blocks",
     "compute_hessian_eigenthings",
+    "diagonal",
+    "effective_dimension",
     "eigsh",
+    "eigsh_blocks",
     "fisher",
     "fishervp",
+    "frobenius_norm",
     "functional_loss",
+    "funm_multiply",
     "ggn",
     "ggnvp",
+    "gradient_overlap",
+    "gradient_shares",
     "hessian",
     "hvp",
     "lanczos",
     "lobpcg",
+    "logdet",
+    "moments",
     "power",
     "power_iteration",
+    "principal_angles",
+    "quadrature",
     "sharpness",
+    "solve",
+    "spectral_density",
     "subspace_iteration",
+    "subspace_overlap",
     "top_eigenpairs",
+    "trace",
+    "trace_probes",
 ]

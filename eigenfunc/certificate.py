@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from eigenfunc import scope, tree
 from eigenfunc.distributed.columns import Columns
+from eigenfunc.distributed.team import Group
 from eigenfunc.errors import InputError, NonFiniteError, TransformError
 from eigenfunc.krylov import basis
 from eigenfunc.operator import LinearOperator, MatVec, aslinearoperator
@@ -24,22 +26,22 @@ class Products:
     `scale`, a power of two, is 1 unless products of unit vectors are so large or small that their squares leave
     the range of the dtype. `noise` is the relative error of a product, measured by forming one in two ways.
 
-    With `columns` the stacks are one process's part of them, (p, width): then products are to be formed, and whatever
-    is done with them, inside of `tree.summed(columns.total)`.
+    With a group the stacks are one process's part of them, (p, width): then products are to be formed, and whatever is
+    done with them, inside of `summed`.
     """
 
-    def __init__(self, A: Any, columns: Columns | None = None) -> None:
+    def __init__(self, A: Any, group: Group = None) -> None:
         if scope.inside_transform():
             raise TransformError(
-                "solvers with a convergence test read values, which no torch.func transform allows; inside vmap, grad "
-                "or jvp use eigenfunc.lanczos or eigenfunc.power, which run a fixed number of steps"
+                "solvers and estimators read values, which no torch.func transform allows; inside vmap, grad or jvp "
+                "use eigenfunc.lanczos, eigenfunc.power or eigenfunc.trace_probes, of a fixed number of products"
             )
         A = aslinearoperator(A)
         tree.check_vector_space(A.like, "the operator's `like`")
         self.A: LinearOperator = A
         self.size = A.size
-        self.columns = columns
-        self.width = A.size if columns is None else columns.width  # of a stack
+        self.columns = None if group is None else Columns(A.size, group)
+        self.width = A.size if self.columns is None else self.columns.width  # of a stack
         self.dtype = tree.work_dtype(A.like)
         self.eps = torch.finfo(self.dtype).eps
         self.device = tree.device(A.like)
@@ -49,14 +51,23 @@ class Products:
         self.passes = 0
 
     def __call__(self, block: Tensor) -> Tensor:
+        flat = self.cut(tree.ravel(self._images(block), self.A.like))
+        return flat if self.scale == 1.0 else torch.div(flat, self.scale)
+
+    def _images(self, block: Tensor) -> Tree:
         self.matvecs += block.shape[0]
         self.passes += 1
         vs = tree.unravel(self.whole(block), self.A.like)
-        single = block.shape[0] == 1
         with tree.summed(None):
-            image = tree.lifted(self.A.matvec(tree.row(vs, 0))) if single else self.A.matmat(vs)
-        flat = self.cut(tree.ravel(image, self.A.like))
-        return flat if self.scale == 1.0 else torch.div(flat, self.scale)
+            return tree.lifted(self.A.matvec(tree.row(vs, 0))) if block.shape[0] == 1 else self.A.matmat(vs)
+
+    def summed(self) -> AbstractContextManager[None]:
+        """Within, inner products of parts are those of whole vectors."""
+        return tree.summed(None if self.columns is None else self.columns.total)
+
+    def agreed(self, seed: int | None) -> int | None:
+        """The seed, that of the first process where there are several."""
+        return seed if self.columns is None else self.columns.agreed(seeded(seed)[1])
 
     def whole(self, part: Tensor) -> Tensor:
         """A stack (p, n) of what is held as (p, width)."""
@@ -82,22 +93,24 @@ class Products:
         Returns the vector (1, width) and its image.
         """
         u = self.random(generator)
-        with tree.summed(None):
-            product = self.A.matvec(tree.row(tree.unravel(self.whole(u), self.A.like), 0))
-        tree.check_like(product, self.A.like, "the operator's product")
-        self.matvecs, self.passes = 1, 1
-        image = tree.ravel(product, self.A.like)[None]
-        largest = float(image.abs().max())
+        image = self.first(u)
+        other = self(0.7 * u) / 0.7
+        length = float(tree.norm(image))
+        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
+        return u, image
+
+    def first(self, block: Tensor) -> Tensor:
+        """The first products of a run, with a stack (p, width): checks their shape, sets `scale`."""
+        image = self._images(block)
+        tree.check_like(image, self.A.like, "the operator's product", stacked=True)
+        flat = tree.ravel(image, self.A.like)
+        largest = float(flat.abs().max())
         if not math.isfinite(largest):
             raise NonFiniteError(non_finite(0))
         comfortable = torch.finfo(self.dtype).tiny ** 0.25
         if largest > 0 and not comfortable < largest < 1 / comfortable:
             self.scale = 2.0 ** math.floor(math.log2(largest))
-        image = self.cut(image / self.scale)
-        other = self(0.7 * u) / 0.7
-        length = float(tree.norm(image))
-        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
-        return u, image
+        return self.cut(flat / self.scale)
 
     @property
     def roundoff(self) -> float:
@@ -112,6 +125,11 @@ class Products:
     def rounding(self, anorm: float) -> float:
         """The length of the error of a product with a unit vector, for an operator of norm `anorm`."""
         return 2 * max(max(self.eps, self.noise) * anorm, self.declared)
+
+    def explained(self, anorm: float) -> float:
+        """The departure from symmetry, relative to ‖A‖ = `anorm`, that rounding explains."""
+        explained = max(100 * self.eps, 20 * self.noise)
+        return explained + 20 * self.declared / anorm if anorm > 0 else explained
 
     def floor(self, anorm: float) -> float:
         """Residuals are not told apart below this, for an operator of norm `anorm`."""
@@ -168,6 +186,20 @@ def seeded(seed: int | None) -> tuple[torch.Generator, int]:
     if seed is None:
         seed = generator.seed() % 2**31
     return generator.manual_seed(whole(seed, "seed", 0)), seed
+
+
+def unit_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
+    """b as a flat unit vector (1, n), and its length; zero where that is zero."""
+    tree.check_like(b, products.A.like, what)
+    flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach()[None], b), products.A.like)
+    largest = float(flat.abs().max())
+    if not math.isfinite(largest):
+        raise InputError(f"{what} holds NaN or infinity")
+    if largest == 0:
+        return flat, 0.0
+    flat = flat / largest
+    length = float(tree.norm(flat))
+    return flat / length, length * largest
 
 
 def start_block(v0: Tree | None, block_size: int, products: Products, generator: torch.Generator) -> Tensor:

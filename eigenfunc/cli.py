@@ -1,15 +1,13 @@
-"""The command line: `eigenfunc demo` and `eigenfunc run PROBLEM.py`."""
+"""The command line: `eigenfunc demo`, `run PROBLEM.py`, `density PROBLEM.py`, `layers PROBLEM.py`, `report DIR`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import io
-import json
 import resource
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -21,44 +19,29 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import demo, plot, tree
+from eigenfunc import archive, demo, plot, problem, signals, tree
 from eigenfunc._version import __version__
 from eigenfunc.certificate import seeded
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.distributed.deal import share
 from eigenfunc.distributed.parallel import data_parallel
-from eigenfunc.distributed.team import first, launched
+from eigenfunc.distributed.team import alone, first, launched
 from eigenfunc.eigsh import eigsh
-from eigenfunc.errors import DistributedError, EigenfuncError, InputError
+from eigenfunc.errors import DistributedError, EigenfuncError, FileError, InputError
+from eigenfunc.layers import eigsh_blocks
 from eigenfunc.operator import LinearOperator
-from eigenfunc.solution import Solution
+from eigenfunc.solution import EigenPairs, Solution
+from eigenfunc.stochastic.density import spectral_density
 
 CONVERGED, NOT_CONVERGED, BAD_INPUT, LOST = 0, 3, 2, 4
 
+_OUT = Path("eigenfunc-out")
 _SMALLEST = 5  # eigenpairs at the lower end that the demo adds
-_EXAMPLE = """A problem file defines make_problem(), which returns (loss, params, data):
-
-    import torch
-    from eigenfunc import functional_loss
-
-    def make_problem():
-        model = torch.nn.Linear(4, 3)
-        inputs, targets = torch.randn(100, 4), torch.randint(0, 3, (100,))
-        loss, params = functional_loss(model, torch.nn.CrossEntropyLoss())
-        return loss, params, (inputs, targets)   # data: one batch, a DataLoader, or Batches([...])
-
-With torchrun --nproc-per-node N -m eigenfunc run PROBLEM.py the batches of a DataLoader or of Batches are dealt out to
-N processes. Where data is a function, data(rank, world_size) gives the share of a process; alone it is data(0, 1).
-"""
-
-
-class _Wrong(InputError):
-    """Bad input whose message says it all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 all converged, 3 not all converged, 2 bad input, 4 another
-    process of the same run failed, died or hangs."""
+    process of the same run failed, died or hangs, 130 and 143 stopped by a signal and saved."""
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or printed the help
@@ -68,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             _require(args.needs)
             return int(args.command(args))
+        except signals.Ended as ended:
+            return int(ended.code or 0)
         except EigenfuncError as error:
             print(f"eigenfunc: {error}", file=sys.stderr)
             return LOST if isinstance(error, DistributedError) else BAD_INPUT
@@ -78,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="eigenfunc",
         description="Certified eigenpairs of the Hessian of a PyTorch loss. "
         "Exit codes: 0 all converged, 3 finished but not all converged, 2 bad input, 4 another process of the run "
-        "failed; torchrun makes 1 of all but 0.",
+        "failed, 130 and 143 stopped by SIGINT and SIGTERM after saving a checkpoint; torchrun makes 1 of all but 0.",
     )
     parser.add_argument("--version", action="version", version=f"eigenfunc {__version__}")
     commands = parser.add_subparsers(required=True)
@@ -87,18 +72,43 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--k", type=int, default=20, help=f"largest eigenpairs, beside the {_SMALLEST} smallest")
     show.add_argument("--seed", type=int, default=0)
     show.set_defaults(command=_demo, needs=("matplotlib", "safetensors", "sklearn"))
-    run = commands.add_parser("run", help="the spectrum of your own model", epilog=_EXAMPLE)
-    run.formatter_class = argparse.RawDescriptionHelpFormatter
-    run.add_argument("problem", type=Path, metavar="PROBLEM.py")
-    run.add_argument("--k", type=int, default=6)
-    run.add_argument("--which", choices=("LM", "LA", "SA", "BE"), default="LM")
-    run.add_argument("--tol", type=float, default=1e-4, help="relative to each eigenvalue")
-    run.add_argument("--seed", type=int, default=None)
+    run = commands.add_parser("run", help="the spectrum of your own model")
+    run.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="start afresh and save the run there, at restarts, every ten minutes, and on SIGINT and SIGTERM, which "
+        "end it with exit codes 130 and 143 (a second one at once); only a file of the same problem is replaced; not "
+        "under torchrun",
+    )
+    run.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
     wait = "under torchrun, seconds after which a process gives up waiting for another"
     run.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help=wait)
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
-    for command in (show, run):
-        command.add_argument("--out", type=Path, default=Path("eigenfunc-out"), metavar="DIR")
+    density = commands.add_parser("density", help="how the eigenvalues of your own model are distributed")
+    density.add_argument(
+        "--k", type=int, default=10, help="eigenpairs of largest magnitude to take out and find exactly"
+    )
+    density.add_argument("--tol", type=float, default=1e-4, help="of those, relative to each eigenvalue")
+    density.add_argument("--probes", type=int, default=10, help="random vectors")
+    density.add_argument("--steps", type=int, default=80, help="products for each")
+    density.set_defaults(command=_density, needs=("matplotlib",))
+    layers = commands.add_parser("layers", help="the spectrum of each layer of your own model")
+    layers.add_argument("--by", choices=("module", "parameter"), default="module")
+    layers.set_defaults(command=_layers, needs=("matplotlib",))
+    for command in (run, layers):
+        command.add_argument("--k", type=int, default=6)
+        command.add_argument("--which", choices=("LM", "LA", "SA", "BE"), default="LM")
+        command.add_argument("--tol", type=float, default=1e-4, help="relative to each eigenvalue")
+    for command in (run, density, layers):
+        command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, problem.EXAMPLE
+        command.add_argument("problem", type=Path, metavar="PROBLEM.py")
+        command.add_argument("--seed", type=int, default=None)
+    for command in (show, run, density, layers):
+        command.add_argument("--out", type=Path, default=_OUT, metavar="DIR")
+    saved = commands.add_parser("report", help="the table of a run that was saved, by demo, run or Solution.save")
+    saved.add_argument("folder", type=Path, nargs="?", default=_OUT, metavar="DIR")
+    saved.set_defaults(command=_report, needs=("safetensors",))
     return parser
 
 
@@ -111,20 +121,20 @@ def _plainly(message: Warning | str, category: type[Warning], *rest: Any) -> Non
 def _require(packages: Sequence[str]) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise _Wrong(f"the command line needs {', '.join(missing)}: pip install 'eigenfunc[cli]'")
+        raise InputError(f"the command line needs {', '.join(missing)}: pip install 'eigenfunc[cli]'")
 
 
 def _demo(args: argparse.Namespace) -> int:
     epochs = 30
     if args.k < 1 or args.seed < 0:
-        raise _Wrong(f"--k must be at least 1 and --seed at least 0, got {args.k} and {args.seed}")
+        raise InputError(f"--k must be at least 1 and --seed at least 0, got {args.k} and {args.seed}")
     print(f"training the {args.model} on 1,797 handwritten digits")
     with tqdm(total=epochs, unit=" epochs", leave=False) as bar:
         loss, params, data = demo.make_problem(args.model, args.seed, epochs=epochs, report=bar.update)
     A = hessian(loss, params, data)
     print(A.describe())
     if args.k + _SMALLEST > A.size:
-        raise _Wrong(f"--k {args.k} and the {_SMALLEST} smallest are more than the {A.size} eigenvalues there are")
+        raise InputError(f"--k {args.k} and the {_SMALLEST} smallest are more than the {A.size} eigenvalues there are")
     begun = time.perf_counter()
     solution = eigsh(A, (args.k, _SMALLEST), which="BE", seed=args.seed, progress=True, throw=False)
     seconds = time.perf_counter() - begun
@@ -142,62 +152,88 @@ def _dense_truth(A: LinearOperator, k: int) -> Tensor:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.resume and args.checkpoint is None:
+        raise InputError("--resume needs --checkpoint PATH, the file to go on from")
+    if args.checkpoint is not None and not alone():
+        raise InputError(
+            "--checkpoint is for one process: each of several would save at times of its own, and the files of a run "
+            "that was killed would not fit together. Leave it out under torchrun"
+        )
     with launched(args.timeout) as (rank, size), redirect_stdout(io.StringIO()) if rank else nullcontext():
-        loss, params, data = _problem(args.problem)
-        with _Traced(args.problem):
-            if callable(data):
-                data = data(rank, size)
-            elif size > 1:
-                data = share(data, rank, size)
-            A = hessian(loss, params, data) if size == 1 else data_parallel(hessian, loss, params, data)
-            print(A.describe())
-            wanted = {"which": args.which, "tol": args.tol, "seed": first(lambda: seeded(args.seed)[1])}
-            solution = eigsh(A, args.k, **wanted, progress=not rank, throw=False)
+        with problem.traced(args.problem):
+            A = _operator(args.problem, rank, size)
+            seed = args.seed if size == 1 else first(lambda: seeded(args.seed)[1])
+            wanted = {"which": args.which, "tol": args.tol, "seed": seed}
+            with signals.saving(args.checkpoint, args.resume) as checkpoint:
+                solution = eigsh(A, args.k, **wanted, progress=not rank, checkpoint=checkpoint, throw=False)
         return first(partial(_finish, args, solution, A, {"problem": str(args.problem)}, {}))
 
 
-class _Traced:
-    """Turns an exception from the user's own code into bad input, after printing where it came from."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, EigenfuncError):
-            traceback.print_exception(error)
-            raise _Wrong(f"{self.path} failed with {type(error).__name__}; see above") from None
-
-
-def _problem(path: Path) -> tuple[Any, Any, Any]:
-    if not path.is_file():
-        raise _Wrong(f"there is no file {path}\n{_EXAMPLE}")
-    spec = importlib.util.spec_from_file_location("eigenfunc_problem", path)
-    if spec is None or spec.loader is None:
-        raise _Wrong(f"{path} is no Python file\n{_EXAMPLE}")
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        with _Traced(path):
-            spec.loader.exec_module(module)
-            make = getattr(module, "make_problem", None)
-            if not callable(make):
-                raise _Wrong(f"{path} does not define make_problem()\n{_EXAMPLE}")
-            made = make()
-    finally:
-        sys.path[:] = before
-    if not isinstance(made, tuple) or len(made) != 3:
-        what = f"{len(made)} items" if isinstance(made, tuple) else f"a {type(made).__name__}"
-        raise _Wrong(f"make_problem() in {path} must return (loss, params, data), it returned {what}\n{_EXAMPLE}")
-    if not callable(made[0]):
-        raise _Wrong(
-            f"the loss that make_problem() in {path} returns is a {type(made[0]).__name__}, not a function "
-            f"(params, batch) -> ()\n{_EXAMPLE}"
+def _density(args: argparse.Namespace) -> int:
+    if args.probes < 1 or args.steps < 2:
+        raise InputError(f"--probes must be at least 1 and --steps at least 2, got {args.probes} and {args.steps}")
+    with problem.traced(args.problem):
+        A = _operator(args.problem)
+        pairs, success = None, True
+        if args.k != 0:
+            solution = eigsh(A, args.k, tol=args.tol, seed=args.seed, progress=True, throw=False)
+            print(solution.table())
+            pairs, success = _certified(solution), solution.success
+        found = spectral_density(
+            A, num_probes=args.probes, num_steps=args.steps, pairs=pairs, seed=args.seed, progress=True
         )
-    return made
+    print(f"\n{found}")
+    record = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in vars(found).items()}
+    about = {**_about(args, A), "problem": str(args.problem), "probes": args.probes, "steps": args.steps}
+    archive.write_json(args.out / "density.json", {**record, **about})
+    _draw(plot.density(found), args.out / "density.png")
+    return _end(args.out, "density.json and density.png", success)
+
+
+def _certified(solution: Solution) -> EigenPairs | None:
+    """The pairs that have converged: the others are left to the estimate."""
+    ok = solution.converged
+    if not ok.any():
+        return None
+    vectors = tree.tree_map(lambda leaf: leaf[ok.to(leaf.device)], solution.vectors)
+    return EigenPairs(solution.values[ok], vectors, solution.residuals[ok])
+
+
+def _layers(args: argparse.Namespace) -> int:
+    with problem.traced(args.problem):
+        A = _operator(args.problem)
+        found = eigsh_blocks(
+            A, args.k, by=args.by, which=args.which, tol=args.tol, seed=args.seed, progress=True, throw=False
+        )
+    for name, solution in found.items():
+        print(f"\n{name or 'the module itself'}\n{solution.table()}")
+    whole = sum(solution.success for solution in found.values())
+    print(f"\n{whole} of {len(found)} layers converged")
+    about = {**_about(args, A), "problem": str(args.problem), "by": args.by}
+    reports = {name: solution.report() for name, solution in found.items()}
+    archive.write_json(args.out / "layers.json", {"layers": reports, **about})
+    _draw(plot.layers(found), args.out / "layers.png")
+    return _end(args.out, "layers.json and layers.png", whole == len(found))
+
+
+def _report(args: argparse.Namespace) -> int:
+    solution = Solution.load(args.folder)
+    print(solution.table())
+    return CONVERGED if solution.success else NOT_CONVERGED
+
+
+def _operator(path: Path, rank: int = 0, size: int = 1) -> LinearOperator:
+    """The Hessian over the data of all processes, for a command that torchrun spreads or that runs in one."""
+    if size == 1 and not alone():
+        raise InputError("of all commands torchrun spreads `run` alone over its processes; start this one without it")
+    loss, params, data = problem.load(path)
+    if callable(data):
+        data = data(rank, size)
+    elif size > 1:
+        data = share(data, rank, size)
+    A = hessian(loss, params, data) if size == 1 else data_parallel(hessian, loss, params, data)
+    print(A.describe())
+    return A
 
 
 def _finish(
@@ -208,31 +244,26 @@ def _finish(
     extra: dict[str, list[str]],
 ) -> int:
     """Print the table, write report.json, eigenvectors.safetensors and spectrum.png, and choose the exit code."""
-    from safetensors.torch import save_file
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(solution.table(extra))
+    solution.save(args.out, _about(args, A) | about)
+    _draw(plot.spectrum(solution), args.out / "spectrum.png")
+    return _end(args.out, "report.json, eigenvectors.safetensors and spectrum.png", solution.success)
+
+
+def _about(args: argparse.Namespace, A: LinearOperator) -> dict[str, Any]:
+    """What a report says beside the results; the peak memory is printed too."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"peak memory of the process {tree.gibibytes(peak)}")
-    out: Path = args.out
+    return {"k": args.k, "n": A.size, "operator": A.describe(), "peak_memory_bytes": peak, "version": __version__}
+
+
+def _draw(axes: Any, path: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        report = {
-            **solution.report(),
-            **about,
-            "k": args.k,
-            "n": A.size,
-            "operator": A.describe(),
-            "peak_memory_bytes": peak,
-            "version": __version__,
-        }
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        leaves = zip(tree.names(solution.vectors), tree.leaves(solution.vectors), strict=True)
-        save_file(
-            {name or "vector": leaf.contiguous().cpu() for name, leaf in leaves}, out / "eigenvectors.safetensors"
-        )
-        figure: Any = plot.spectrum(solution).figure
-        figure.savefig(out / "spectrum.png")
+        axes.figure.savefig(path)
     except OSError as error:
-        raise _Wrong(f"cannot write to {out}: {error}") from None
-    print(f"wrote report.json, eigenvectors.safetensors and spectrum.png to {out}")
-    return CONVERGED if solution.success else NOT_CONVERGED
+        raise FileError(f"cannot write {path}: {error}") from None
+
+
+def _end(folder: Path, files: str, success: bool) -> int:
+    print(f"wrote {files} to {folder}")
+    return CONVERGED if success else NOT_CONVERGED

@@ -15,7 +15,8 @@ start vectors of the run, of gaps, or of how well anything has converged.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,24 @@ class Finding(NamedTuple):
     direction: Tensor | None  # (1, n): where what may be missing lies, as far as is known
 
 
+class Halfway(NamedTuple):
+    """A search cut short between two products: what the same call needs to go on from there."""
+
+    chain: int  # its number
+    spent: int  # products so far, of all chains
+    before: list[list[float]]  # by side: the chances that the chains before leave
+    alphas: list[float]
+    betas: list[float]
+    vectors: Tensor  # (held + 2, n): those held, the one before, the one to come
+
+
+Keep = Callable[[Callable[[], Halfway]], None]
+
+
+def _forget(halfway: Callable[[], Halfway]) -> None:
+    return None
+
+
 class Points(NamedTuple):
     """Where nothing may lie beyond: `claims` are the limits that follow if nothing is beyond the `tests`."""
 
@@ -90,11 +109,13 @@ def search(
     anorm: float,
     generator: torch.Generator,
     most: int,
+    keep: Keep = _forget,
+    halfway: Halfway | None = None,
 ) -> Finding:
     """Count the eigenvalues beyond the innermost wanted ones, with some `most` products.
 
     wanted (k,) Ritz values; slack (2, k): how near to each a further eigenvalue does no harm, strictly (its residual)
-    and at most (its tolerance).
+    and at most (its tolerance). Before each product `keep` may ask for what it takes to go on from there, `halfway`.
     """
     slack = slack.clamp_min(TINY)
     floor = products.floor(anorm)
@@ -110,9 +131,18 @@ def search(
         for side, at, own in zip(sides, points, bridges, strict=True)
     ]
     begun, direction = products.matvecs, None
-    for _ in range(CHAINS):
-        chain = Chain(products, span, bridge, anorm, generator)
-        for _ in chain:
+    chains = (Chain(products, span, bridge, anorm, generator) for _ in range(CHAINS))
+    if halfway is not None:
+        products.matvecs += halfway.spent
+        products.passes += halfway.spent
+        for part, before in zip(evidence, halfway.before, strict=True):
+            part.before = torch.tensor(before, dtype=torch.float64)
+    for index, chain in enumerate(chains):
+        if halfway is not None and index < halfway.chain:
+            continue  # but its random vector is drawn again
+        if halfway is not None and index == halfway.chain:
+            chain.take(halfway)
+        for _ in chain.steps(partial(_cut, keep, index, begun, evidence)):
             spent = products.matvecs - begun
             if chain.length % (1 + chain.length // 16) and spent < most:  # a look costs the cube of the length
                 continue
@@ -136,6 +166,11 @@ def search(
         direction = chain.ritz_vector(next((part for part in wanting if part.missing), wanting[0]).sign)
     beyond = {**UNKNOWN.beyond, **{part.sign: part.limit for part in evidence}}
     return Finding(Limits(beyond, not wanting), direction)
+
+
+def _cut(keep: Keep, index: int, begun: int, evidence: list[_Evidence], chain: Chain) -> None:
+    before = [part.before.tolist() for part in evidence]
+    keep(lambda: chain.halfway(index, chain.products.matvecs - begun, before))
 
 
 def _apart(a: Tensor, b: Tensor, sign: int) -> float:
@@ -222,7 +257,7 @@ class Chain:
         for _ in range(3):
             start = self._outside(start)
             start = start / float(tree.norm(start))
-        self.start = start
+        self.previous, self.q = torch.zeros_like(start), start
         self.alphas: list[float] = []
         self.betas: list[float] = []
 
@@ -230,12 +265,27 @@ class Chain:
     def length(self) -> int:
         return len(self.alphas)
 
+    def halfway(self, index: int, spent: int, before: list[list[float]]) -> Halfway:
+        vectors = torch.cat([self.held, self.previous, self.q])
+        return Halfway(index, spent, before, list(self.alphas), list(self.betas), vectors)
+
+    def take(self, halfway: Halfway) -> None:
+        """Go on from there, with the same start vector."""
+        self.alphas, self.betas = list(halfway.alphas), list(halfway.betas)
+        parts = torch.split(halfway.vectors, [len(halfway.vectors) - 2, 1, 1])
+        self.held, self.previous, self.q = (part.clone() for part in parts)  # aligned in memory as before, for BLAS
+
     def __iter__(self) -> Iterator[None]:
-        q, previous, beta = self.start, torch.zeros_like(self.start), 0.0
-        while True:
+        return self.steps(lambda chain: None)
+
+    def steps(self, between: Callable[[Chain], None]) -> Iterator[None]:
+        """One product after the other, until the space is used up; `between` is called before each."""
+        while self.betas[-1:] != [0.0]:
+            between(self)
+            q, beta = self.q, self.betas[-1] if self.betas else 0.0
             w = self.products(q)
             w = basis.subtract(w, self.bridge.to(w.device) @ tree.gram(self.span.coming, q), self.span.coming)
-            w = w - beta * previous
+            w = w - beta * self.previous
             alpha = float(tree.dot(q, w))
             w = self._outside(w - alpha * q)
             length, beta = math.hypot(alpha, beta), float(tree.norm(w))
@@ -248,10 +298,9 @@ class Chain:
                 self.held = torch.cat([self.held, q])
             self.alphas.append(alpha)
             self.betas.append(beta if beta > self.least and self.length < self.size else 0.0)
+            if self.betas[-1] > 0:
+                self.previous, self.q = q, w / beta
             yield
-            if self.betas[-1] == 0.0:
-                return
-            previous, q = q, w / beta
 
     def _outside(self, w: Tensor) -> Tensor:
         """w less its parts in V and in the held vectors: last of all, or what is left of them would grow."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import endgame, scope, tree
+from eigenfunc import endgame, resume, scope
 from eigenfunc.certificate import Products, seeded, start_block
-from eigenfunc.distributed.columns import Columns
+from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.distributed.team import Group
 from eigenfunc.errors import InputError
-from eigenfunc.operator import aslinearoperator
-from eigenfunc.plan import plan_for
+from eigenfunc.plan import ends, plan_for
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
 from eigenfunc.tree import Tree
@@ -36,6 +35,7 @@ def eigsh(
     block_size: int | None = None,
     basis_dtype: torch.dtype | None = None,
     max_matvecs: int | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     group: Group = None,
     progress: bool = False,
     throw: bool = True,
@@ -57,58 +57,74 @@ def eigsh(
                 1e-3 of ‖A‖, the errors of values to their squares; default: the dtype of the products
     max_matvecs products that may be spent on solving; those that verify (k fresh ones, the probe, the noise: k + 10
                 as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
-    group       processes of torch.distributed, each of which calls this with the same arguments and the same operator
-                (of `data_parallel`, say), and keeps one of their number parts of the basis. A product gathers the whole
+    checkpoint  a file, or a `Checkpoint`, which says more of it: the run is saved there, and where the same call finds
+                the file it goes on from it, to the same result bit for bit
+    group       processes of torch.distributed, each of which calls this with the same arguments (but no checkpoint) and
+                the same operator, of `data_parallel` say, and keeps its part of the basis. A product gathers the whole
                 vector from them, an inner product is a sum over them; the seed is that of the first
     throw       raise `NotConverged`, which carries the solution, unless every pair converged
 
-    Memory: basis_size + block_size vectors, and about 5k more at the end; with a group that over its size, beside a
-    few whole vectors and the k that are returned. Before pairs are called converged, the
-    eigenvalues beyond them are counted: by Sylvester's law of inertia from what was multiplied, and by a Lanczos chain
-    from a random vector for the rest. Whatever the spectrum and the start vector, the chance that an eigenvalue beyond
-    the tolerance of the last wanted one escapes is at most one in a thousand on each side; `bounds` are widened by
-    what could not be excluded. Residuals come from fresh products. There is no `sigma`: values inside the spectrum
-    need the inverse of A − σ, which products alone do not give at a fair price.
+    Memory: basis_size + block_size vectors, and about 5k more at the end; with a group that over its size, beside a few
+    whole vectors and the k that are returned. Before pairs are called converged, the eigenvalues beyond them are
+    counted: by Sylvester's law of inertia from what was multiplied, and by a Lanczos chain from a random vector for the
+    rest. Whatever the spectrum and the start vector, the chance that an eigenvalue beyond the tolerance of the last
+    wanted one escapes is at most one in a thousand on each side; `bounds` are widened by what could not be excluded.
+    Residuals come from fresh products. There is no `sigma`: values inside the spectrum need the inverse of A − σ, which
+    products alone do not give at a fair price.
 
     Raises `InputError` for arguments out of range, `TreeError` for a `v0` of another structure, `NonFiniteError`
-    for a product with NaN, `TransformError` inside a torch.func transform, and `NotConverged`.
+    for a product with NaN, `TransformError` inside a torch.func transform, `CheckpointError` for a file that is
+    damaged, of another problem or not to be written, `Stopped` where the checkpoint asks for it, and `NotConverged`.
 
     K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix Anal.
     Appl. 22 (2000).
     """
     begun = time.perf_counter()
-    A = aslinearoperator(A)
-    columns = None if group is None else Columns(A.size, group)
-    products = Products(A, columns)
+    products = Products(A, group)
+    asked = {"which": which, "k": ends(k, which), "tol": tol, "basis_dtype": str(basis_dtype)}
+    store, old = resume.opened(checkpoint, products, asked)
+    if old is not None:
+        basis_size, block_size, seed = resume.defaults(old, basis_size, block_size, seed)
+        begun -= old.facts["seconds"]
     sizes = {"basis_size": basis_size, "block_size": block_size, "max_matvecs": max_matvecs}
     plan = plan_for(k, which, tol, products.size, block_ratio=products.A.block_ratio, **sizes)
     if basis_dtype not in (None, torch.float16, torch.bfloat16):
         raise InputError(f"basis_dtype must be torch.float16 or torch.bfloat16, or left out, got {basis_dtype!r}")
-    generator, seed = seeded(seed if columns is None else columns.agreed(seeded(seed)[1]))
+    generator, seed = seeded(products.agreed(seed))
+    asked |= {"basis_size": plan.basis_size, "block_size": plan.block_size, "seed": seed}
     with (
-        tree.summed(None if columns is None else columns.total),
+        products.summed(),
         scope.full_precision(products.device),
         torch.no_grad(),
         tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar,
     ):
-        given = None if v0 is None else start_block(v0, plan.block_size, products, generator)
-        tried, image = products.calibrate(generator)
         run = Run(plan, products, generator, bar if progress else None, basis_dtype)
-        _start(run, given, tried, image)
-        remedy = f"raise max_matvecs (now {plan.max_matvecs}) or basis_size (now {plan.basis_size})"
-        if basis_dtype is None:
-            certified, limits, rounds = search(run)
-        else:
-            run, (certified, limits, *_) = endgame.search_coarse(run)
-            rounds, remedy = 1, f"leave out basis_dtype, which limits residuals here, or {remedy}"
-        return conclude(run, certified, limits, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw)
+        witness = _start(run, v0) if store is None or old is None else resume.restore(store, old, run, asked)
+        if store is not None:
+            run.journal = resume.journal(store, run, asked, witness, begun)
+        return _finish(run, basis_dtype is not None, seed=seed, begun=begun, throw=throw)
 
 
-def _start(run: Run, given: Tensor | None, tried: Tensor, image: Tensor) -> None:
-    """From the block that was given, or a random one; a single vector is the one that was calibrated with."""
+def _start(run: Run, v0: Tree | None) -> resume.Witness:
+    """From the vectors that were given, or random ones; a single one is that which was calibrated with."""
+    given = None if v0 is None else start_block(v0, run.plan.block_size, run.products, run.generator)
+    drawn = run.generator.get_state()
+    tried, image = run.products.calibrate(run.generator)
     if given is None and run.plan.block_size == 1:
-        run.verification -= 1
+        run.verification = run.products.matvecs - 1
         run.start(tried, image)
-        return
-    q = start_block(None, run.plan.block_size, run.products, run.generator) if given is None else given
-    run.start(q, run.products(q))
+    else:
+        run.verification = run.products.matvecs
+        q = start_block(None, run.plan.block_size, run.products, run.generator) if given is None else given
+        run.start(q, run.products(q))
+    return resume.Witness(drawn, image)
+
+
+def _finish(run: Run, coarse: bool, *, seed: int, begun: float, throw: bool) -> Solution:
+    remedy = f"raise max_matvecs (now {run.plan.max_matvecs}) or basis_size (now {run.plan.basis_size})"
+    if coarse:
+        run, (certified, limits, *_) = endgame.search_coarse(run)
+        rounds, remedy = 1, f"leave out basis_dtype, which limits residuals here, or {remedy}"
+    else:
+        certified, limits, rounds = search(run)
+    return conclude(run, certified, limits, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw)

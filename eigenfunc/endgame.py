@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eigenfunc import completeness
 from eigenfunc.certificate import Certified
+from eigenfunc.checkpoint import Saved
 from eigenfunc.thick_restart import Run
 
 
@@ -38,11 +39,11 @@ def prove(run: Run, x: Tensor, probe: Probe | None = None) -> Proof:
     return Proof(certified, finding.limits, finding.direction, bool(met.all()) and finding.limits.proven)
 
 
-def _probe(run: Run) -> Probe:
+def _probe(run: Run, mark: Saved | None = None) -> Probe:
     def probe(certified: Certified) -> completeness.Finding:
         asym = run.asym
         ritz = run.adopt(certified)
-        finding = completeness.Finding(completeness.ALL, None) if run.j == run.plan.n else run.probe(ritz)
+        finding = completeness.Finding(completeness.ALL, None) if run.j == run.plan.n else run.probe(ritz, mark)
         run.asym = max(run.asym, asym)
         return finding
 
@@ -55,16 +56,17 @@ def search_coarse(run: Run) -> tuple[Run, Proof]:
     Such a basis is orthonormal to its own precision only, so that nothing is concluded from it: the Ritz vectors are
     formed in full, made orthonormal, multiplied afresh, and the probe starts from those. Returns a run for the verdict.
     """
-    products, least = run.products, 0
+    products = run.products
     while True:
-        ritz = run.converge(least)
-        begun = products.matvecs
+        ritz = run.converge()
+        begun, mark = products.matvecs, run.snapshot()
         prover = Run(run.plan, products, run.generator, None)
-        proof = prove(prover, run.vectors(ritz))
+        prover.journal, prover.halfway, run.halfway = run.journal, run.halfway, None
+        proof = prove(prover, run.vectors(ritz), _probe(prover, mark))
         run.verification += products.matvecs - begun
         if proof.complete or proof.direction is None or run.spent >= run.plan.max_matvecs:
             prover.verification, prover.restarts = run.verification, run.restarts
             prover.basis_dtype = run.basis_dtype
             return prover, proof
         run.join(ritz, proof.direction)
-        least = max(1, (products.matvecs - begun) // 2)
+        run.insist((products.matvecs - begun) // 2)

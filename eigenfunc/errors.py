@@ -25,6 +25,10 @@ class DataError(InputError):
     """The data is empty, spent, impossible to weigh, or makes the loss non-finite."""
 
 
+class FileError(InputError):
+    """A saved result is missing, damaged or of a later format, or cannot be written."""
+
+
 class ProductError(EigenfuncError, RuntimeError):
     """No way of forming the matrix-vector product proves right on this model."""
 
@@ -38,7 +42,7 @@ class TransformError(EigenfuncError, RuntimeError):
 
 
 class NotConverged(EigenfuncError, RuntimeError):
-    """Not every requested eigenpair could be certified; `solution` holds what was found."""
+    """What was asked for was not reached: eigenpairs, a residual, an error; `solution` holds what was found."""
 
     def __init__(self, message: str, solution: Any) -> None:
         super().__init__(message)
@@ -47,6 +51,18 @@ class NotConverged(EigenfuncError, RuntimeError):
 
 class DistributedError(EigenfuncError, RuntimeError):
     """Another process failed, died or does not answer, or the processes no longer do the same."""
+
+
+class CheckpointError(EigenfuncError, RuntimeError):
+    """A checkpoint cannot be used: torn, corrupted, of another problem or another version, or not to be written."""
+
+
+class Stopped(EigenfuncError, RuntimeError):
+    """A run was stopped on request, after it was saved: the same call goes on from there."""
+
+
+class CheckpointWarning(UserWarning):
+    """A run goes on without being saved, or from a state whose products no longer repeat to the last bit."""
 
 
 class DataWarning(UserWarning):

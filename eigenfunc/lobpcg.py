@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import blocks, scope, tree
+from eigenfunc import block_loop, scope, tree
 from eigenfunc.certificate import Certified, Products, seeded, start_block, whole
 from eigenfunc.completeness import PROBE, Finding, Limits
 from eigenfunc.errors import InputError
@@ -67,7 +67,7 @@ def lobpcg(
         raise InputError(f"which must be 'LA' or 'SA', got {which!r}; for both ends or the largest in magnitude: eigsh")
     products = Products(A)
     plan = plan_for(k, which, tol, products.size)
-    size = blocks.sized(block_size, plan.k, max(plan.k // 4, 2), plan.n)
+    size = block_loop.sized(block_size, plan.k, max(plan.k // 4, 2), plan.n)
     max_steps = whole(max_steps, "max_steps", 1)
     generator, seed = seeded(seed)
     start = start_block(v0, size, products, generator)
@@ -85,10 +85,10 @@ def lobpcg(
         run = Run(plan, products, generator, None)
 
         def advance(state: kernel.LobpcgState) -> kernel.LobpcgState:
-            return kernel.step(state, matmat, precondition, blocks.aims(run, state.values))
+            return kernel.step(state, matmat, precondition, block_loop.aims(run, state.values))
 
         probe = None if precondition is None else partial(_probe, run, sign, matmat, precondition)
-        proof, rounds = blocks.drive(run, start, lambda x: kernel.init(x, matmat), advance, max_steps, bar, probe)
+        proof, rounds = block_loop.drive(run, start, lambda x: kernel.init(x, matmat), advance, max_steps, bar, probe)
         remedy = f"raise max_steps (now {max_steps}) or block_size (now {size}), precondition, or use eigsh"
         return conclude(
             run, proof.certified, proof.limits, rounds=rounds, seed=seed, begun=begun, remedy=remedy, throw=throw
@@ -116,9 +116,9 @@ def _probe(run: Run, sign: float, matmat: kernel.MatMat, precondition: kernel.Ma
     edges = sign * certified.values[order] + certified.residuals[order].clamp_min(run.floor())
     state = kernel.init(basis.orthogonal_to(products.random(run.generator), found), deflated)
     for step in range(max(_LEAST_BUDGET, run.spent)):
-        values, residuals = blocks.look(run, state)
+        values, residuals = block_loop.look(run, state)
         reach = float(values + torch.where(residuals > run.floor(), _CAUTION * residuals, 0.0))
-        missed = (values - residuals > edges[-1]) & (residuals <= blocks.aims(run, values))
+        missed = (values - residuals > edges[-1]) & (residuals <= block_loop.aims(run, values))
         if step >= PROBE and (reach <= float(edges.min()) or bool(missed)):
             break
         state = kernel.step(state, deflated, direction, torch.full_like(state.values, run.floor()))

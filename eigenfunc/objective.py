@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from eigenfunc import scope, tree
 from eigenfunc.errors import InputError, ObjectiveError
-from eigenfunc.tree import Select
+from eigenfunc.selection import Select, chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +238,7 @@ def functional_loss(
                 "the model has no parameter that requires grad; name the ones to differentiate by with select="
             )
     else:
-        picked = tree.chosen(list(own), select, "select")
+        picked = chosen(list(own), select, "select")
     for name in picked:
         if isinstance(own[name], nn.parameter.UninitializedParameter):
             raise ObjectiveError(f"parameter '{name}' is not initialised yet: run one batch through the model first")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigenfunc import tree
-from eigenfunc.errors import InputError
-from eigenfunc.tree import Select, Tree
+from eigenfunc import bridge, scope, selection, tree
+from eigenfunc.choices import NO_CHOICES, Choices, both
+from eigenfunc.errors import InputError, TreeError
+from eigenfunc.tree import Tree
 
 MatVec = Callable[[Tree], Tree]
+Part = tuple[tuple[int, ...], list[Tensor]]  # which leaves, and a stack of vectors (p, *leaf) on them
+Principal = Callable[[Sequence[Part]], list[list[Tensor]]]
 
 _DENSE_LIMIT = 4 * 1024**3  # bytes of a dense matrix that may be formed
 
@@ -31,6 +35,9 @@ class LinearOperator:
     noise       the largest error so far of a product with a unit vector, where more than rounding is known of: that
                 of finite differences, say
     block_ratio measures the time of eight products in a block over that of eight single ones, where they may differ
+    principal   products of several principal blocks, each on some leaves (by their positions in `tree.leaves(like)`)
+                and with a stack of its own, in one sweep over the data, where that is cheaper than with zeros elsewhere
+    choices     lets another process form the same products bit for bit; kept by all the algebra below
     """
 
     matvec: MatVec
@@ -40,6 +47,8 @@ class LinearOperator:
     description: str | Callable[[], str] = "linear operator"
     noise: Callable[[], float] = float
     block_ratio: Callable[[], float] | None = None
+    principal: Principal | None = None
+    choices: Choices = NO_CHOICES
 
     @property
     def size(self) -> int:
@@ -77,8 +86,28 @@ class LinearOperator:
         count = tree.leaves(vs)[0].shape[0]
         return tree.stack([self.matvec(tree.row(vs, i)) for i in range(count)])
 
+    def blockwise(self, parts: Sequence[Part]) -> list[list[Tensor]]:
+        """The images under `principal`, or else by zeros elsewhere, of all vectors in one stack."""
+        if self.principal is not None:
+            return self.principal(parts)
+        refs, rebuild = tree.flatten(self.like)
+        edges = [0, *itertools.accumulate(len(vs[0]) for _, vs in parts)]
+        whole = [ref.new_zeros((edges[-1], *ref.shape)) for ref in refs]
+        for (chosen, vs), (start, stop) in zip(parts, itertools.pairwise(edges), strict=True):
+            for i, x in zip(chosen, vs, strict=True):
+                whole[i][start:stop] = x
+        images = tree.leaves(self._matmat(rebuild(whole)))
+        spans = zip(parts, itertools.pairwise(edges), strict=True)
+        return [[images[i][start:stop] for i in chosen] for (chosen, _), (start, stop) in spans]
+
     def _with(
-        self, change: Callable[[MatVec], MatVec], description: str, *, stacked: MatVec | None, factor: float = 1.0
+        self,
+        change: Callable[[MatVec], MatVec],
+        description: str,
+        *,
+        stacked: MatVec | None,
+        factor: float = 1.0,
+        principal: Principal | None = None,
     ) -> LinearOperator:
         streams = self.minibatches
         return LinearOperator(
@@ -89,6 +118,8 @@ class LinearOperator:
             description,
             lambda: factor * self.noise(),
             self.block_ratio,
+            None if self.principal is None else principal,
+            self.choices,
         )
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -101,6 +132,10 @@ class LinearOperator:
             lambda vs: tree.add(self._matmat(vs), other._matmat(vs)),
             description=f"({self._words()}) + ({other._words()})",
             noise=lambda: self.noise() + other.noise(),
+            principal=None
+            if self.principal is None or other.principal is None
+            else lambda parts: tree.add(self.blockwise(parts), other.blockwise(parts)),
+            choices=both(self.choices, other.choices),
         )
 
     def __mul__(self, c: float) -> LinearOperator:
@@ -111,6 +146,7 @@ class LinearOperator:
             f"{c:g} · ({self._words()})",
             stacked=lambda vs: tree.scale(c, self._matmat(vs)),
             factor=abs(float(c)),
+            principal=lambda parts: tree.scale(c, self.blockwise(parts)),
         )
 
     __rmul__ = __mul__
@@ -129,6 +165,46 @@ class LinearOperator:
             lambda matvec: lambda v: tree.add(matvec(v), tree.scale(sigma, v)),
             f"({self._words()}) + {sigma:g} I",
             stacked=lambda vs: tree.add(self._matmat(vs), tree.scale(sigma, vs)),
+            principal=lambda parts: tree.add(self.blockwise(parts), tree.scale(sigma, [vs for _, vs in parts])),
+        )
+
+    def precondition(self, d: Tree) -> LinearOperator:
+        """D^-½ A D^-½ for the positive diagonal d, shaped as `like`, in its dtypes or others.
+
+        Its eigenvalues are those of D⁻¹A, and of the pencil A x = λ D x: with d from `adam_preconditioner`, those that
+        decide on the stability of Adam (J. Cohen et al., Adaptive gradient methods at the edge of stability, 2022). An
+        eigenvector y of it stands for x = D^-½ y. `d` is read once, here.
+
+        Raises `TreeError` where d does not match `like`, `InputError` where an entry is not positive and finite.
+        """
+        tree.check_like(d, self.like, "d", dtypes=False)
+        for name, leaf in zip(tree.names(self.like), tree.leaves(d), strict=True):
+            bad = leaf[~(torch.isfinite(leaf) & (leaf > 0))]
+            if len(bad):
+                where = f"d: leaf '{name}'" if name else "d"
+                raise InputError(
+                    f"{where} holds {float(bad[0]):g} ({len(bad)} of its {leaf.numel()} entries are not positive and "
+                    "finite), which is no preconditioner: add a small constant, or restrict A and d to other leaves"
+                )
+        wide = tree.tree_map(lambda leaf: leaf.detach().to(torch.promote_types(leaf.dtype, torch.float32)), d)
+        least = min(float(leaf.min()) for leaf in tree.leaves(wide) if leaf.numel())
+        s = tree.tree_map(torch.rsqrt, wide)
+        scales = tree.leaves(s)
+
+        def scaled(x: Tree, by: Tree = s) -> Tree:
+            return tree.tree_map(lambda leaf, c: (leaf * c).to(leaf.dtype), x, by)
+
+        def principal(parts: Sequence[Part]) -> list[list[Tensor]]:
+            within = [[scales[i] for i in chosen] for chosen, _ in parts]
+            inner = [(chosen, scaled(vs, c)) for (chosen, vs), c in zip(parts, within, strict=True)]
+            return [scaled(image, c) for image, c in zip(self.blockwise(inner), within, strict=True)]
+
+        return self._with(
+            lambda matvec: lambda v: scaled(matvec(scaled(v))),
+            f"D^-½ ({self._words()}) D^-½",
+            stacked=lambda vs: scaled(self._matmat(scaled(vs))),
+            factor=1 / least,
+            principal=principal,
         )
 
     def deflate(self, pairs: Any) -> LinearOperator:
@@ -153,43 +229,66 @@ class LinearOperator:
             stacked=lambda vs: remove(self._matmat(vs), vs),
         )
 
-    def restrict(self, select: Select) -> LinearOperator:
+    def restrict(self, select: selection.Select) -> LinearOperator:
         """The principal block of A on some leaves; its vectors are dicts from leaf name to tensor.
 
-        `select` is a predicate on names, a glob pattern, a name or a dotted prefix, or a list of those.
+        `select` is a predicate on names, a glob pattern, a name or a dotted prefix, or a list of those. A product of
+        a curvature matrix so restricted costs less than a whole one: with kept graphs, the pull-back of the chosen
+        leaves' gradient to these leaves. Raises `InputError` where nothing is selected, `TreeError` where two selected
+        leaves have the same dotted name.
         """
-        picked = set(tree.chosen(tree.names(self.like), select, "restrict"))
-        refs, rebuild = tree.flatten(self.like)
-        labels = tree.names(self.like)
-        like = {name: ref for name, ref in zip(labels, refs, strict=True) if name in picked}
-
-        def embed(v: Tree, lead: tuple[int, ...]) -> Tree:
-            return rebuild(
-                [
-                    v[name] if name in picked else ref.new_zeros(lead + ref.shape)
-                    for name, ref in zip(labels, refs, strict=True)
-                ]
-            )
-
-        def project(v: Tree) -> Tree:
-            by_name = dict(zip(labels, tree.leaves(v), strict=True))
-            return {name: by_name[name] for name in like}
+        labels, refs, rebuild = tree.names(self.like), *tree.flatten(self.like)
+        picked = set(selection.chosen(labels, select, "restrict"))
+        if doubled := next((name for name in labels if name in picked and labels.count(name) > 1), None):
+            raise TreeError(f"restrict: two leaves are called '{doubled}', so that it does not say which is meant")
+        by_name = dict(zip(labels, refs, strict=True))
+        like = {name: by_name[name] for name in tree.filled_names(self.like) if name in picked}
+        names, back = tree.names(like), tree.flatten(like)[1]
+        positions = tuple(labels.index(name) for name in names)
 
         def within(matvec: MatVec) -> MatVec:
-            return lambda v: project(matvec(embed(v, ())))
+            def product(v: Tree) -> Tree:
+                pairs = zip(labels, refs, strict=True)
+                whole = rebuild([v[name] if name in picked else torch.zeros_like(ref) for name, ref in pairs])
+                image = tree.leaves(matvec(whole))
+                return back([image[i] for i in positions])
+
+            return product
 
         def stacked(vs: Tree) -> Tree:
-            return project(self._matmat(embed(vs, (tree.leaves(vs)[0].shape[0],))))
+            return back(self.blockwise([(positions, tree.leaves(vs))])[0])
+
+        def single(v: Tree) -> Tree:
+            if self.principal is None or scope.inside_transform():
+                return within(self.matvec)(v)
+            return tree.row(stacked(tree.lifted(v)), 0)
+
+        def principal(parts: Sequence[Part]) -> list[list[Tensor]]:
+            return self.blockwise([(tuple(positions[i] for i in chosen), vs) for chosen, vs in parts])
 
         streams = self.minibatches
         return LinearOperator(
-            within(self.matvec),
+            single,
             like,
             stacked,
             None if streams is None else lambda: (within(product) for product in streams()),
-            f"block {', '.join(like)} of ({self._words()})",
+            lambda: f"block {', '.join(like)} of ({self._words()})",
             self.noise,
+            principal=None if self.principal is None else principal,
+            choices=self.choices,
         )
+
+    def blocks(self, by: selection.By = "module") -> dict[str, LinearOperator]:
+        """The principal blocks of A on groups of leaves, by group in the order of the leaves: see `restrict`.
+
+        by   "module", one block a module (the dotted prefix of its parameters' names); "parameter"; a function from a
+             name to that of its group; or a list of selections as `restrict` takes them, one block each, under the
+             selection
+
+        Raises `InputError` where `by` is none of these or a selection selects nothing.
+        """
+        groups = selection.grouped(self.like, by, "by")
+        return {group: self.restrict(set(members).__contains__) for group, members in groups.items()}
 
     def to_dense(self, *, chunk: int = 128) -> Tensor:
         """The matrix (n, n), in the order of `tree.ravel`; raises `InputError` where it would take over 4 GiB."""
@@ -207,6 +306,21 @@ class LinearOperator:
             unit[torch.arange(len(unit)), start + torch.arange(len(unit))] = 1
             out[start : start + chunk] = tree.ravel(self._matmat(tree.unravel(unit, self.like)), self.like)
         return out
+
+    def to_scipy(self) -> Any:
+        """This operator for SciPy: a `scipy.sparse.linalg.LinearOperator` (n, n) on NumPy vectors.
+
+        Entries are in the order of `tree.ravel`, float64, or float32 where no leaf is wider; the products are formed
+        where the operator lives, those of `matmat` in one sweep over the data. Complex vectors are multiplied by their
+        real and imaginary parts. Raises `InputError` without SciPy.
+        """
+
+        def rows(flat: Tensor) -> Tensor:
+            vs = tree.unravel(flat, self.like)
+            image = tree.lifted(self.matvec(tree.row(vs, 0))) if len(flat) == 1 else self._matmat(vs)
+            return tree.ravel(image, self.like)
+
+        return bridge.scipy_operator(self.size, tree.work_dtype(self.like), tree.device(self.like), rows)
 
 
 def aslinearoperator(A: Any, like: Tree | None = None) -> LinearOperator:

@@ -23,7 +23,7 @@ from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.products import Loss, hvp
 from eigenfunc.curvature.thrice import Thrice
 from eigenfunc.data import fresh
-from eigenfunc.krylov import basis as vectors
+from eigenfunc.krylov import basis as vectors, conjugate
 from eigenfunc.krylov.span import weighted
 from eigenfunc.tree import Tree
 
@@ -32,13 +32,21 @@ Stack = list[Tensor]  # a stack of vectors, as the list of its leaves
 
 
 def values_at(problem: Problem, values: Tensor, rows: Stack, theta: Leaves) -> Tensor:
-    """The eigenvalues (k,) as a function of θ, for the pairs (k,), (k, *leaf) at θ."""
+    """The eigenvalues (k,) as a function of θ, for the pairs (k,), (k, *leaf) at θ.
+
+    The compiler takes no custom function that has a forward derivative. It is given ⟨v, H(θ) v⟩ with v held fixed,
+    whose first derivative is right; the second, which is not, is made NaN by the power 3/2 of zero.
+    """
+    if torch.compiler.is_compiling():
+        form = tree.dots(rows, problem.products(theta, rows))
+        change = form - form.detach()
+        return values + change + torch.pow(change, 1.5)
     return _call(_Values(problem), values, *rows, *theta)[0]
 
 
 def vectors_at(problem: Problem, values: Tensor, rows: Stack, theta: Leaves) -> Stack:
-    """The eigenvectors (k, *leaf) as a function of θ."""
-    return _call(_Vectors(problem), values, *rows, *theta)
+    """The eigenvectors (k, *leaf) as a function of θ; a constant one to the compiler."""
+    return rows if torch.compiler.is_compiling() else _call(_Vectors(problem), values, *rows, *theta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +79,7 @@ class Problem:
         moving = [i for i, x in enumerate(theta) if x.is_floating_point()]
 
         def form(floats: Stack) -> Tensor:
-            return _dots(a, self.products(_with(theta, moving, floats), b)).sum()
+            return tree.dots(a, self.products(_with(theta, moving, floats), b)).sum()
 
         out: list[Tensor | None] = [None] * len(theta)
         with scope.untouched(theta[0].device), mended():
@@ -196,7 +204,7 @@ class _Values(_Rule):
 
     def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         _, rows, theta = self.pairs(inputs)
-        return (_dots(rows, self.problem.change(theta, tangents[1 + len(rows) :], rows)),)
+        return (tree.dots(rows, self.problem.change(theta, tangents[1 + len(rows) :], rows)),)
 
 
 class _Vectors(_Rule):
@@ -235,7 +243,7 @@ class _Complement(_Rule):
         p = self.complement(values, rows, theta, gx)
         mu, nu = tree.gram(right, rows), tree.gram(gx, rows)
         turned = tree.add(tree.combine(mu.mT, p), tree.combine(nu.mT, x))
-        return [-_dots(p, x), *tree.scale(-1.0, turned), *self.problem.slopes(theta, p, x), *p]
+        return [-tree.dots(p, x), *tree.scale(-1.0, turned), *self.problem.slopes(theta, p, x), *p]
 
     def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         values, rows, theta, right = self.split(inputs)
@@ -256,32 +264,16 @@ def _conjugate_gradients(problem: Problem, values: Tensor, rows: Stack, theta: S
     def projected(y: Stack) -> Stack:
         return vectors.subtract(y, tree.gram(rows, y), rows)  # type: ignore[no-any-return]
 
-    r = projected(projected(right))
-    x: Stack = tree.zeros_like(r)
-    p, rr = r, _dots(r, r)
-    done = (torch.finfo(r[0].dtype).eps) ** 2 * rr
+    state = conjugate.init(projected(projected(right)))
+    done = (torch.finfo(state.r[0].dtype).eps) ** 2 * state.rr
     floor = _resolution(values, rows)
     for _ in range(problem.trips):
-        image: Stack = tree.sub(weighted(values, p), problem.products(theta, p))
-        pap, pp = _dots(p, image), _dots(p, p)
-        live = (rr > done) & (pap > floor * pp)
-        alpha = torch.where(live, rr / torch.where(live, pap, 1.0), 0.0)
-        x = tree.add(x, weighted(alpha, p))
-        r = projected(tree.sub(r, weighted(alpha, image)))
-        new = torch.where(live, _dots(r, r), rr)
-        beta = torch.where(live, new / torch.where(live, rr, 1.0), 0.0)
-        p = tree.add(r, weighted(beta, p))
-        rr = torch.where(live, new, 0.0)
-    return projected(x)
+        image: Stack = tree.sub(weighted(values, state.p), problem.products(theta, state.p))
+        state = conjugate.step(state, projected(image), done, floor)
+    return projected(state.x)
 
 
 def _resolution(values: Tensor, rows: Stack) -> Tensor:
     """Below this distance, eigenvalues cannot be told apart in the dtype of the vectors."""
     eps: float = tree.coarsest_eps(rows) ** 0.75
     return eps * values.detach().abs().amax()
-
-
-def _dots(x: Stack, y: Stack) -> Tensor:
-    """⟨x_i, y_i⟩ (p,), in float64, for two stacks of p vectors."""
-    parts = [(tree.matrix(a).double() * tree.matrix(b).double()).sum(1) for a, b in zip(x, y, strict=True)]
-    return torch.stack(parts).sum(0)

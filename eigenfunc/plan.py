@@ -90,13 +90,7 @@ def plan_for(
     max_matvecs: int | None = None,
 ) -> Plan:
     """Check what is asked for and choose what is not; `InputError` says what is wrong."""
-    if which not in ("LM", "LA", "SA", "BE"):
-        raise InputError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
-    if isinstance(k, (tuple, list)) and which == "BE" and len(k) == 2:
-        top, bottom = (whole(part, "k", 0) for part in k)
-    else:
-        count = whole(k, "k", 1)
-        top, bottom = {"BE": ((count + 1) // 2, count // 2), "SA": (0, count)}.get(which, (count, 0))
+    top, bottom = ends(k, which)
     wanted = top + bottom
     if not 1 <= wanted <= n:
         raise InputError(f"k = {k} eigenpairs of a matrix of size {n}: k must lie between 1 and n")
@@ -119,6 +113,16 @@ def plan_for(
         )
     budget = max(1000, 50 * wanted) if max_matvecs is None else whole(max_matvecs, "max_matvecs", 1)
     return Plan(which, top, bottom, tol, n, size, block, budget)
+
+
+def ends(k: int | Sequence[int], which: str) -> tuple[int, int]:
+    """How many values are wanted at the top and at the bottom."""
+    if which not in ("LM", "LA", "SA", "BE"):
+        raise InputError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
+    if isinstance(k, (tuple, list)) and which == "BE" and len(k) == 2:
+        return whole(k[0], "k", 0), whole(k[1], "k", 0)
+    count = whole(k, "k", 1)
+    return {"BE": ((count + 1) // 2, count // 2), "SA": (0, count)}.get(which, (count, 0))
 
 
 def _block_for(k: int, which: str, measure: Callable[[], float] | None) -> int:

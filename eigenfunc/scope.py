@@ -84,8 +84,28 @@ def process() -> str:
     return f"; over the data of process {dist.get_rank()} of {dist.get_world_size()} alone"
 
 
+def derivative_levels() -> int:
+    """How many torch.func transforms that differentiate (grad, vjp, jvp, jacrev, …) are active."""
+    return sum(level in ("Grad", "Jvp") for level in _levels())
+
+
+def jvp_levels() -> int:
+    """How many forward-mode transforms of torch.func are active."""
+    return sum(level == "Jvp" for level in _levels())
+
+
+def _levels() -> list[str]:
+    functorch: Any = torch._C._functorch
+    return [level.key().name for level in functorch.get_interpreter_stack() or []]
+
+
+_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the compiler traces inside the same levels
+
+
 def usable(x: Tree) -> Tree:
-    """x with tensors born in inference mode copied, because autograd cannot save those."""
+    """x with tensors born in inference mode copied, because autograd cannot save those; the compiler copes."""
+    if torch.compiler.is_compiling():
+        return x
 
     def copied(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_inference():

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import Any, NamedTuple
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from eigenfunc import archive, bridge, tree
+from eigenfunc.errors import FileError, InputError
 from eigenfunc.tree import Tree, gibibytes
+
+if TYPE_CHECKING:
+    import pandas
+
+_COLUMNS = ("values", "residuals", "bounds", "sharp", "angles")  # the fields (k,) float64
 
 
 class Status(StrEnum):
@@ -120,11 +130,7 @@ class Solution:
     def report(self) -> dict[str, Any]:
         """Everything but the vectors, as plain Python values at full precision, ready for JSON."""
         return {
-            "values": self.values.tolist(),
-            "residuals": self.residuals.tolist(),
-            "bounds": self.bounds.tolist(),
-            "sharp": self.sharp.tolist(),
-            "angles": self.angles.tolist(),
+            **{name: getattr(self, name).tolist() for name in _COLUMNS},
             "converged": self.converged.tolist(),
             "noise": self.noise,
             "which": self.which,
@@ -133,6 +139,69 @@ class Solution:
             "message": self.message,
             **asdict(self.stats),
         }
+
+    def save(self, path: str | PathLike[str], about: Mapping[str, Any] | None = None) -> None:
+        """Write report.json and eigenvectors.safetensors into the folder `path`, replacing an earlier save there.
+
+        The report is `report()` and what `about` adds to it, plain values for readers of the file that `load` leaves
+        alone. Needs safetensors, the extra `export`. Raises `FileError` where the folder cannot be written, and
+        `InputError` without safetensors or where `about` would overwrite a field of the report.
+        """
+        report = self.report()
+        if taken := [key for key in about or {} if key in report]:
+            raise InputError(f"about: '{taken[0]}' is a field of the report already")
+        archive.write(Path(path), report | dict(about or {}), self.vectors)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, like: Tree | None = None) -> Solution:
+        """The solution that `save` wrote into the folder `path`, every field bitwise as it was, `vectors` on the CPU.
+
+        Trees of dicts, lists, tuples and bare tensors come back as such; for other containers pass `like`, a tree of
+        the same structure (the parameters), to whose device the vectors then move.
+
+        Raises `FileError` where files are missing, damaged, of different saves or of a later format, `TreeError` where
+        `like` does not fit, and `InputError` where it is needed, or without safetensors.
+        """
+        folder = Path(path)
+        record, vectors = archive.read(folder, like)
+        with archive.reading(folder):
+            columns = {name: torch.tensor([float(x) for x in record[name]], dtype=torch.float64) for name in _COLUMNS}
+            converged = torch.tensor(record["converged"], dtype=torch.bool)
+            lengths = {len(x) for x in (*columns.values(), converged, *tree.leaves(vectors))}
+            if len(lengths) != 1:
+                raise FileError(f"{folder / archive.REPORT} is damaged: its columns are of lengths {sorted(lengths)}")
+            return cls(
+                **columns,
+                vectors=vectors,
+                converged=converged,
+                noise=_number(record["noise"]),
+                which=record["which"],
+                tol=_number(record["tol"]),
+                status=Status(record["status"]),
+                message=record["message"],
+                stats=Stats(**{field.name: _number(record[field.name]) for field in fields(Stats)}),
+            )
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A pandas DataFrame with a row for each eigenpair: value, residual, bound, sharp, angle, converged.
+
+        The index is the rank, from 1. Raises `InputError` without pandas.
+        """
+        return bridge.dataframe(
+            {
+                "value": self.values,
+                "residual": self.residuals,
+                "bound": self.bounds,
+                "sharp": self.sharp,
+                "angle": self.angles,
+                "converged": self.converged,
+            }
+        )
+
+
+def _number(x: Any) -> Any:
+    """A number out of a report, where NaN and infinities are strings."""
+    return x if type(x) is int else float(x)
 
 
 def gaps(values: Tensor, bounds: Tensor, outer: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from eigenfunc import blocks, scope
+from eigenfunc import block_loop, scope
 from eigenfunc.certificate import Products, seeded, start_block, whole
 from eigenfunc.krylov import subspace as kernel
 from eigenfunc.plan import plan_for
@@ -52,7 +52,7 @@ def subspace_iteration(
     begun = time.perf_counter()
     products = Products(A)
     plan = plan_for(k, "LM", tol, products.size)
-    size = blocks.sized(block_size, plan.k, min(max(plan.k, 2), 8), plan.n)
+    size = block_loop.sized(block_size, plan.k, min(max(plan.k, 2), 8), plan.n)
     max_steps = whole(max_steps, "max_steps", 1)
     generator, seed = seeded(seed)
     start = start_block(v0, size, products, generator)
@@ -63,7 +63,7 @@ def subspace_iteration(
     ):
         products.calibrate(generator)
         run = Run(plan, products, generator, None)
-        proof, rounds = blocks.drive(
+        proof, rounds = block_loop.drive(
             run, start, lambda x: kernel.init(x, products), lambda state: kernel.step(state, products), max_steps, bar
         )
         remedy = f"raise max_steps (now {max_steps}) or block_size (now {size}), or use eigsh"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +11,14 @@ from torch import Tensor
 
 from eigenfunc import completeness, tree
 from eigenfunc.certificate import Certified, Products, certify, non_finite
+from eigenfunc.checkpoint import Journal, Saved
 from eigenfunc.errors import NonFiniteError
 from eigenfunc.krylov import lanczos as kernel
 from eigenfunc.plan import Plan
 
 ROUNDS = 4  # certificates drawn up before the noise is blamed
+_COUNTS = ("j", "width", "rows", "stop", "rounds", "restarts", "verification", "strictness", "anorm", "asym")
+_PRODUCTS = ("scale", "noise", "matvecs", "passes")
 
 
 class Ritz(NamedTuple):
@@ -33,6 +38,9 @@ class Run:
 
     Rows [0, j) of the basis have been multiplied, `width` rows behind them are to come: a block, and one more for
     each missed eigenvector that a probe brought up.
+
+    Between two products a run can be saved: `snapshot` gives out all there is, and after `restore` it goes on from
+    there bit for bit. `journal`, if there is one, does so.
     """
 
     def __init__(
@@ -48,6 +56,11 @@ class Run:
         self.products = products
         self.generator = generator
         self.bar = bar
+        self.journal: Journal | None = None
+        self.halfway: completeness.Halfway | None = None
+        self.limits = completeness.UNKNOWN
+        self.rounds = 0  # of certificates
+        self.stop = 0  # products before which there is no looking for convergence
         self.restarts = 0
         self.verification = products.matvecs
         self.strictness = 1.0
@@ -64,6 +77,44 @@ class Run:
         self.rows = rows
         self.state = kernel.absorb(kernel.init(q, image, rows, self.basis_dtype), image, 0, b, again=self._again)
         self.j = self.width = b
+
+    def snapshot(self) -> Saved:
+        """All that the run needs to go on from here, beside the operator and the plan; the basis is not copied."""
+        tensors = {**self.state._asdict(), "basis": tree.rows(self.state.basis, 0, self.j + self.width)}
+        tensors["generator"] = self.generator.get_state()
+        facts: dict[str, Any] = {
+            "run": {name: getattr(self, name) for name in _COUNTS},
+            "products": {name: getattr(self.products, name) for name in _PRODUCTS},
+            "limits": [self.limits.beyond[1], self.limits.beyond[-1], self.limits.proven],
+        }
+        return Saved(tensors, facts)
+
+    def restore(self, saved: Saved) -> None:
+        """Take in a snapshot, of the same operator and plan."""
+        tensors, facts, device = saved.tensors, saved.facts, self.products.device
+        for name in _COUNTS:
+            setattr(self, name, facts["run"][name])
+        for name in _PRODUCTS:
+            setattr(self.products, name, facts["products"][name])
+        above, below, proven = facts["limits"]
+        self.limits = completeness.Limits({1: above, -1: below}, proven)
+        self.generator.set_state(tensors["generator"])
+        basis = torch.zeros(self.rows, self.products.width, dtype=self.basis_dtype, device=device)
+        basis[: self.j + self.width] = tensors["basis"].to(device)
+        small = {name: tensors[name].to(device, copy=True) for name in kernel.State._fields if name != "basis"}
+        self.state = kernel.State(basis=basis, **small)
+        if "probe" in facts:
+            self.halfway = completeness.Halfway(vectors=tensors["probe"].to(device), **facts["probe"])
+
+    def _probing(self, mark: Saved, halfway: Callable[[], completeness.Halfway]) -> None:
+        """Within a probe the run is where it was before it, and somewhere along the probe's chain."""
+
+        def state() -> Saved:
+            rest = halfway()._asdict()
+            return mark.along(Saved({"probe": rest.pop("vectors")}, {"probe": rest}))
+
+        if self.journal is not None:
+            self.journal.tick(state)
 
     def _again(self, large: Tensor) -> bool:
         """A second Gram–Schmidt pass where it is due; always on accelerators, where asking would stall them."""
@@ -106,27 +157,24 @@ class Run:
             raise NonFiniteError(non_finite(self.products.matvecs))
         self.anorm = max(self.anorm, anorm)
         alive, t = host[3 : 3 + j + width] > 0, host[3 + j + width :].reshape(j + width, j)
+        if bool(alive.all()):
+            theta, s = torch.linalg.eigh(t[:j])
+            return Ritz(theta, s, t[j:] @ s)
         if not bool(alive[:j].all()):
             j = self.j = int(torch.argmin(alive.int()))
-            t = t[: j + width, :j]
-        theta, s = torch.linalg.eigh(t[:j])
-        ritz = Ritz(theta, s, t[j:] @ s)
         for row in range(j + width - 1, j - 1, -1):
             if not bool(alive[row]):
-                ritz = self._replace(row, ritz)
-        return ritz
+                self._replace(row)
+        return self.look()
 
-    def _replace(self, row: int, ritz: Ritz) -> Ritz:
+    def _replace(self, row: int) -> None:
         """A random vector in place of a coming row that was given up, or none where the whole space is used up."""
         last = self.j + self.width - 1
         if last < self.plan.n:
             self.inject(row, self.products.random(self.generator))
-            return ritz
+            return
         self.state = kernel.swap(self.state, row, last)
-        coupling = ritz.coupling.clone()
-        coupling[row - self.j] = coupling[-1]
         self.width -= 1
-        return ritz._replace(coupling=coupling[:-1])
 
     def inject(self, row: int, vector: Tensor) -> None:
         self.state = kernel.inject(self.state, row, vector, stop=self.j + self.width)
@@ -137,22 +185,31 @@ class Run:
         self.state = kernel.restart(self.state, ritz.theta[index].to(device), ritz.s[:, index].to(device), self.width)
         self.j = count
 
-    def converge(self, least: int = 0) -> Ritz:
-        """Take at least `least` more products, and on until the pairs look settled or the budget is spent."""
-        plan, stop = self.plan, self.products.matvecs + least
+    def insist(self, least: int) -> None:
+        """Take at least `least` more products before the next look for convergence."""
+        self.stop = self.products.matvecs + max(1, least)
+
+    def converge(self) -> Ritz:
+        """Go on until the pairs look settled or the budget is spent. Saving is for the end of a step: what is done
+        with it next is decided by a look, which is the same when it is repeated."""
+        plan = self.plan
         while True:
+            full = self.full
             spacing = max(1, self.j // 32) if self.width == 1 else 1
-            if self.full or self.j >= plan.n or self.width > 1 or (self.j > plan.k + 1 and self.j % spacing == 0):
+            if full or self.j >= plan.n or self.width > 1 or (self.j > plan.k + 1 and self.j % spacing == 0):
                 ritz = self.look()
                 if self.j == plan.n:
                     return ritz
-                if self.j > plan.k + 1 and self.products.matvecs >= stop and self._done(ritz):
+                if self.j > plan.k + 1 and self.products.matvecs >= self.stop and self._done(ritz):
                     return ritz
                 if self.full:
                     count = plan.k + (self.rows - self.width - plan.k) // 2
                     self.restart(ritz, min(count, self.rows - self.width - self.batch))
                     self.restarts += 1
             self.advance()
+            self.halfway = None
+            if self.journal is not None:
+                self.journal.tick(self.snapshot, early=full)
 
     def _grain(self) -> float:
         """What a basis in half precision gives at best, relative to ‖A‖; no use in going on below it."""
@@ -184,9 +241,11 @@ class Run:
                 return True
         return False
 
-    def probe(self, ritz: Ritz) -> completeness.Finding:
-        """Look for eigenvalues that the start vectors did not reach."""
-        begun = self.products.matvecs
+    def probe(self, ritz: Ritz, mark: Saved | None = None) -> completeness.Finding:
+        """Look for eigenvalues that the start vectors did not reach. `mark`, by default the run as it is, is what is
+        saved on the way."""
+        begun, mark = self.products.matvecs, mark or self.snapshot()
+        halfway, self.halfway = self.halfway, None
         span = completeness.Span(
             vectors=tree.rows(self.state.basis, 0, self.j),
             coming=tree.rows(self.state.basis, self.j, self.j + self.width),
@@ -205,6 +264,8 @@ class Run:
             self.anorm,
             self.generator,
             min(max(100, self.spent), 300),
+            partial(self._probing, mark),
+            halfway,
         )
         self.verification += self.products.matvecs - begun
         return finding
@@ -247,24 +308,21 @@ def search(run: Run) -> tuple[Certified, completeness.Limits, int]:
     Returns the certified pairs, beyond which values the probe found none missing, and the number of certificates.
     """
     plan = run.plan
-    limits = completeness.UNKNOWN
-    rounds = least = 0
     while True:
-        ritz = run.converge(least)
-        least = 0
+        ritz = run.converge()
         if run.j == plan.n:
-            limits = completeness.ALL
-        elif not limits.proven:
+            run.limits = completeness.ALL
+        elif not run.limits.proven:
             before = run.products.matvecs
             finding = run.probe(ritz)
-            limits = finding.limits
+            run.limits = finding.limits
             if finding.direction is not None and run.spent < plan.max_matvecs:
                 run.join(ritz, finding.direction)
-                least = max(1, (run.products.matvecs - before) // 2)
+                run.insist((run.products.matvecs - before) // 2)
                 continue
         certified = run.certify(ritz)
-        rounds += 1
+        run.rounds += 1
         met = certified.residuals <= run.target(certified.values)
-        if bool(met.all()) or run.j == plan.n or rounds == ROUNDS or run.spent >= plan.max_matvecs:
-            return certified, limits, rounds
+        if bool(met.all()) or run.j == plan.n or run.rounds == ROUNDS or run.spent >= plan.max_matvecs:
+            return certified, run.limits, run.rounds
         run.strictness /= 4

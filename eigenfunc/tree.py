@@ -11,17 +11,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import optree
 import torch
 from torch import Tensor
 
-from eigenfunc.errors import InputError, TreeError
+from eigenfunc.errors import TreeError
 
 Tree: TypeAlias = Any
-Select: TypeAlias = Callable[[str], bool] | str | Sequence[str]
 
 Total = Callable[[Tensor], Tensor]
 _TOTAL: ContextVar[Total | None] = ContextVar("total", default=None)
@@ -30,23 +28,50 @@ _SLICE = 4_096  # entries of a float32 dot product before the partial sums go to
 _COLUMNS = 16_384  # entries of each vector that are held in float64 at a time: few enough for the cache
 
 
+def _plain(tree: Tree) -> bool:
+    """Whether the compiler traces and `tree` is a tensor or a list of tensors: it would step through optree's own code,
+    which takes three times as long as all the rest."""
+    if not torch.compiler.is_compiling():
+        return False
+    return isinstance(tree, Tensor) or (type(tree) is list and all(isinstance(leaf, Tensor) for leaf in tree))
+
+
 def leaves(tree: Tree) -> list[Any]:
+    if _plain(tree):
+        return [tree] if isinstance(tree, Tensor) else list(tree)
     return optree.tree_leaves(tree)
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
     """The leaves, and the function that puts such leaves back into the same structure."""
+    if _plain(tree):
+        return leaves(tree), (lambda flat: flat[0]) if isinstance(tree, Tensor) else list
     flat, spec = optree.tree_flatten(tree)
     return flat, spec.unflatten
 
 
 def tree_map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    if _plain(tree) and all(map(_plain, rest)):
+        return f(tree, *rest) if isinstance(tree, Tensor) else [f(*row) for row in zip(tree, *rest, strict=True)]
     return optree.tree_map(f, tree, *rest)
 
 
 def names(tree: Tree) -> list[str]:
     """A dotted name for each leaf, in the order of `leaves`; the keys themselves for a flat dict."""
-    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
+    return [".".join(str(key) for key in path) for path in _paths(tree)]
+
+
+def _paths(tree: Tree) -> list[tuple[Any, ...]]:
+    if _plain(tree):
+        return [()] if isinstance(tree, Tensor) else [(i,) for i in range(len(tree))]
+    return optree.tree_paths(tree)
+
+
+def filled_names(tree: Tree) -> list[str]:
+    """The same names in the order in which dicts were filled: that of the layers, for the parameters of a module."""
+    with optree.dict_insertion_ordered(True, namespace="eigenfunc"):
+        paths = optree.tree_paths(tree, namespace="eigenfunc")
+    return [".".join(str(key) for key in path) for path in paths]
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -185,6 +210,16 @@ def exact_gram(x: Tree, y: Tree) -> Tensor:
     return _of_whole(total)
 
 
+def dots(x: Tree, y: Tree) -> Tensor:
+    """⟨x_i, y_i⟩ (p,), in float64 throughout, for two stacks of p vectors."""
+    parts = [
+        (part * matrix(b)[:, columns].double()).sum(1)
+        for a, b in zip(leaves(x), leaves(y), strict=True)
+        for columns, part in wide(matrix(a), torch.float64)
+    ]
+    return torch.stack(parts).sum(0)
+
+
 def combine(c: Tensor, x: Tree, dtype: torch.dtype | None = None) -> Tree:
     """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf), in a dtype if one is given."""
 
@@ -270,15 +305,15 @@ def check_vector_space(like: Tree, what: str) -> None:
         raise TreeError(f"{what} lies on several devices ({', '.join(sorted(devices))}); move it to one")
 
 
-def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None:
+def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False, dtypes: bool = True) -> None:
     """Raise `TreeError` unless x matches `like` in structure, shapes, dtypes and devices.
 
-    With `stacked` every leaf of x carries one more leading axis, of the same length everywhere.
+    With `stacked` every leaf of x carries one more leading axis, of the same length everywhere. Without `dtypes` any
+    real floating-point dtype will do.
     """
-    x_leaves, x_spec = optree.tree_flatten(x)
-    refs, spec = optree.tree_flatten(like)
-    if not _alike(x, x_spec, like, spec):
-        raise TreeError(f"{what} has structure {x_spec}, expected {spec}")
+    if not _alike(x, like):
+        raise TreeError(f"{what} has structure {optree.tree_structure(x)}, expected {optree.tree_structure(like)}")
+    x_leaves, refs = leaves(x), leaves(like)
     lengths = set()
     for name, leaf, ref in zip(names(like), x_leaves, refs, strict=True):
         where = f"{what}: leaf '{name}'" if name else what
@@ -293,7 +328,7 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None
         if shape != ref.shape:
             wanted = ("p", *ref.shape) if stacked else tuple(ref.shape)
             raise TreeError(f"{where} has shape {tuple(leaf.shape)}, expected {wanted}")
-        if leaf.dtype != ref.dtype:
+        if leaf.dtype != ref.dtype and (dtypes or not leaf.is_floating_point()):
             raise TreeError(f"{where} has dtype {leaf.dtype}, expected {ref.dtype}; cast it yourself if that is meant")
         if leaf.device != ref.device:
             raise TreeError(f"{where} is on {leaf.device}, expected {ref.device}")
@@ -301,41 +336,13 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False) -> None
         raise TreeError(f"{what}: leaves carry different numbers of vectors: {sorted(lengths)}")
 
 
-def _alike(x: Tree, x_spec: Any, like: Tree, spec: Any) -> bool:
+def _alike(x: Tree, like: Tree) -> bool:
     """Whether the structures are the same, whatever the order in which dicts were filled: what the compiler has for a
     structure remembers that."""
     if torch.compiler.is_compiling():
-        return optree.tree_paths(x) == optree.tree_paths(like)
-    same: bool = x_spec == spec
+        return _paths(x) == _paths(like)
+    same: bool = optree.tree_structure(x) == optree.tree_structure(like)
     return same
-
-
-def chosen(all_names: Sequence[str], select: Select, what: str) -> list[str]:
-    """Those of `all_names` that a predicate accepts, or that match a glob pattern, a name or a dotted prefix.
-
-    Raises `InputError` where nothing is selected or one pattern selects nothing.
-    """
-    if callable(select):
-        picked = [name for name in all_names if select(name)]
-        if not picked:
-            raise InputError(f"{what}: the predicate selects none of {_some(all_names)}")
-        return picked
-    patterns = [select] if isinstance(select, str) else list(select)
-
-    def matches(name: str, pattern: str) -> bool:
-        return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
-
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in all_names):
-            raise InputError(f"{what}: '{pattern}' selects none of {_some(all_names)}")
-    if not patterns:
-        raise InputError(f"{what}: an empty selection; the names are {_some(all_names)}")
-    return [name for name in all_names if any(matches(name, pattern) for pattern in patterns)]
-
-
-def _some(all_names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in all_names[:8])
-    return shown + (f", … ({len(all_names)} in all)" if len(all_names) > 8 else "")
 
 
 def gibibytes(num_bytes: float) -> str:

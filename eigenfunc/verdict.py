@@ -26,9 +26,7 @@ def conclude(
     within = _reach(run, limits, values)
     passed = within <= run.room(values) + run.floor()
     skew = max(run.asym, certified.asymmetry) / run.anorm if run.anorm > 0 else 0.0
-    explained = max(100 * products.eps, 20 * products.noise)
-    if run.anorm > 0:
-        explained += 20 * products.declared / run.anorm
+    explained = products.explained(run.anorm)
     converged = met & passed & torch.tensor(skew <= explained)
     bounds = cluster_bounds(values, residuals, run.floor())
     bounds = torch.where(passed, bounds.maximum(within), bounds)

@@ -32,6 +32,31 @@ def dense_hessian(loss: Callable[[Params], Tensor], params: Params) -> Tensor:
     return torch.stack(rows)
 
 
+def dense_ggn(
+    predict: Callable[[Params], Any], criterion: Callable[[Any, Any], Tensor], params: Params, targets: Any
+) -> Tensor:
+    """Jᵀ H J from rows of J by plain backward passes and H by plain double backward, in the order of sorted names."""
+    order = sorted(params)
+    leaves = {name: params[name].detach().clone().requires_grad_() for name in order}
+    outputs, rebuild = tree.flatten(predict(leaves))
+    places = [i for i, z in enumerate(outputs) if z.is_floating_point()]
+    rows = [
+        torch.autograd.grad(entry, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        if entry.requires_grad
+        else [torch.zeros_like(leaf) for leaf in leaves.values()]
+        for i in places
+        for entry in outputs[i].flatten()
+    ]
+    J = torch.stack([torch.cat([block.flatten() for block in row]) for row in rows])
+
+    def loss(zs: Params) -> Tensor:
+        given = [zs[f"{i:03d}"] if i in places else z.detach() for i, z in enumerate(outputs)]
+        return criterion(rebuild(given), targets)
+
+    H = dense_hessian(loss, {f"{i:03d}": outputs[i].detach() for i in places})
+    return J.mT @ H @ J
+
+
 def plain(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[Params], Tensor]:
     """A loss of named parameters by setting them one by one on a copy of the module: no functional_call involved."""
     import copy

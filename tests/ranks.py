@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eigenfunc import Batches, LinearOperator, eigsh, fisher, functional_loss, ggn, hessian, tree
+from eigenfunc import Batches, LinearOperator, eigsh, eigsh_blocks, fisher, functional_loss, ggn, hessian, tree
 from eigenfunc.distributed.parallel import Stop, data_parallel
 from eigenfunc.errors import EigenfuncError
 from tests.helpers import dense_hessian, flat, random_like
@@ -140,6 +140,7 @@ def solutions(rank: int, size: int) -> dict[str, Any]:
     begin = sum(shards[:rank])
     A = data_parallel(hessian, loss, params, batches(inputs, targets, begin, begin + shards[rank]), cache=0)
     solution = eigsh(A, 12, tol=1e-8, seed=3)
+    layers = eigsh_blocks(A, 2, by="parameter", tol=1e-8, seed=3)
     even = batches(inputs, targets, rank * COUNT // size, (rank + 1) * COUNT // size, size=8)
     B = data_parallel(hessian, loss, params, even)
     stream = B.minibatches()
@@ -150,6 +151,7 @@ def solutions(rank: int, size: int) -> dict[str, Any]:
     own = hessian(loss, params, even, product="finite-difference")
     own.matvec(v)
     return {
+        "layers": {name: (found.values, found.bounds) for name, found in layers.items()},
         "own noise": own.noise(),
         "values": solution.values,
         "residuals": solution.residuals,
@@ -203,6 +205,13 @@ def troubles(rank: int, size: int) -> dict[str, Any]:
     padded = torch.utils.data.DataLoader(samples, 8, sampler=sampler)
     found["padded"] = _said(lambda: data_parallel(hessian, loss, params, padded))
     found["inside vmap"] = _said(lambda: torch.func.vmap(A.matvec)(tree.lifted(v)))
+
+    path = Path(f"run{rank}")
+    found["checkpoint"] = _said(lambda: eigsh(A, 2, seed=0, checkpoint=path))
+    block = 2.0 * A.restrict("0.*")
+    found["checkpoint of its block"] = _said(lambda: eigsh(block, 2, seed=0, checkpoint=path))
+    both = {"checkpoint": path, "group": dist.group.WORLD}
+    found["checkpoint and group"] = _said(lambda: eigsh(torch.eye(4), 2, seed=0, **both))
 
     alone = _said(lambda: data_parallel(hessian, loss, params, data, group=dist.new_group([0])))
     found["not in the group"] = alone

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import eigenfunc
+from eigenfunc import Solution, eigsh
 from eigenfunc.cli import main
 from tests.helpers import dense_hessian, wanted
 
@@ -37,14 +39,18 @@ def problem(tmp_path: Path) -> Path:
     return path
 
 
-def truth() -> torch.Tensor:
+def truth_matrix() -> torch.Tensor:
     scope: dict[str, Any] = {}
     with torch.random.fork_rng():
         exec(PROBLEM, scope)
         loss, params, data = scope["make_problem"]()
     batches = list(data)
     whole = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-    return torch.linalg.eigvalsh(dense_hessian(lambda p: loss(p, whole), params))
+    return dense_hessian(lambda p: loss(p, whole), params)
+
+
+def truth() -> torch.Tensor:
+    return torch.linalg.eigvalsh(truth_matrix())
 
 
 @pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
@@ -72,6 +78,130 @@ def test_run_writes_a_report_with_the_dense_eigenvalues(problem: Path, which: st
     printed = capsys.readouterr().out
     for word in ("rank", "λ", "true residual", "bound", "verdict", "matvecs", "passes", " s,", "peak memory"):
         assert word in printed
+
+
+def test_a_saved_run_loads_as_a_solution_and_prints_its_table_again(problem: Path, capsys: Any) -> None:
+    out = problem.parent / "out"
+    assert main(["run", str(problem), "--k", "2", "--seed", "0", "--out", str(out)]) == 0
+    first = capsys.readouterr().out
+    assert main(["report", str(out)]) == 0
+    again = capsys.readouterr().out
+    assert again.strip() in first
+    solution = Solution.load(out)
+    assert again == f"{solution}\n"
+    assert solution.stats.seed == 0
+    record = json.loads((out / "report.json").read_text())
+    assert (record["n"], record["format"]) == (43, 1)
+
+
+def test_the_report_of_a_run_that_did_not_converge_is_exit_code_3(tmp_path: Path, capsys: Any) -> None:
+    eigsh(torch.diag(torch.linspace(0, 1, 500).double()), 3, max_matvecs=5, seed=0, throw=False).save(tmp_path)
+    assert main(["report", str(tmp_path)]) == 3
+    assert "NOT converged" in capsys.readouterr().out
+    (tmp_path / "eigenvectors.safetensors").write_bytes(b"")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "checksum" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_density_takes_out_the_largest_pairs_and_counts_the_rest(problem: Path, capsys: Any) -> None:
+    out = problem.parent / "out"
+    more = ["--k", "4", "--probes", "6", "--steps", "39", "--seed", "3", "--out", str(out)]
+    assert main(["density", str(problem), *more]) == 0
+    record = json.loads((out / "density.json").read_text())
+    values = truth()
+    largest = values[values.abs().argsort(descending=True)[:4]].sort().values
+    assert torch.allclose(torch.tensor(record["values"]).double(), largest, atol=1e-6)
+    assert (record["n"], record["k"], record["probes"], record["steps"], record["seed"]) == (43, 4, 6, 39, 3)
+    nodes, weights = (torch.tensor(record[name], dtype=torch.float64) for name in ("nodes", "weights"))
+    assert nodes.shape == weights.shape == (6, 39)
+    assert torch.allclose(weights.sum(1), torch.full((6,), 39 / 43).double())
+    trace = float((weights * nodes).sum(1).mean() + torch.tensor(record["values"]).double().sum() / 43)
+    rest = values[values.abs().argsort(descending=True)[4:]]
+    spread = float((2 * (rest - rest.mean()).square().mean() / (39 * 6)) ** 0.5)
+    assert abs(trace - float(values.mean())) < 4 * spread
+    assert len(record["band"]) == 2
+    assert (out / "density.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "all 4 pairs certified" in printed
+    assert "share of eigenvalues" in printed
+
+
+def test_a_density_without_pairs_and_one_whose_pairs_have_not_converged(
+    problem: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    out = problem.parent / "out"
+    assert main(["density", str(problem), "--k", "0", "--probes", "2", "--steps", "5", "--out", str(out)]) == 0
+    assert json.loads((out / "density.json").read_text())["values"] == []
+    problem.write_text(CLOSE)
+    monkeypatch.setattr("eigenfunc.cli.eigsh", partial(eigsh, max_matvecs=25))
+    more = ["--k", "3", "--probes", "2", "--steps", "5", "--seed", "0", "--out", str(out)]
+    assert main(["density", str(problem), *more]) == 3
+    kept = json.loads((out / "density.json").read_text())["values"]
+    assert "NOT converged" in capsys.readouterr().out
+    assert len(kept) == 1
+    assert abs(kept[0] - 2) < 1e-9
+
+
+@pytest.mark.parametrize("by", ["module", "parameter"])
+def test_layers_are_those_of_the_dense_blocks(problem: Path, by: str, capsys: Any) -> None:
+    out = problem.parent / "out"
+    assert (
+        main(["layers", str(problem), "--k", "3", "--by", by, "--tol", "1e-8", "--seed", "0", "--out", str(out)]) == 0
+    )
+    record = json.loads((out / "layers.json").read_text())
+    H = truth_matrix()
+    spans = {"0.bias": range(5), "0.weight": range(5, 25), "2.bias": range(25, 28), "2.weight": range(28, 43)}
+    groups = (
+        {name: [name] for name in spans}
+        if by == "parameter"
+        else {"0": ["0.bias", "0.weight"], "2": ["2.bias", "2.weight"]}
+    )
+    assert set(record["layers"]) == set(groups)
+    for name, members in groups.items():
+        index = [i for member in members for i in spans[member]]
+        block = torch.linalg.eigvalsh(H[index][:, index])
+        report = record["layers"][name]
+        values = torch.tensor(report["values"], dtype=torch.float64)
+        sizes = wanted(block, 3, "LM").abs()
+        assert ((values.abs() - sizes).abs() <= torch.tensor(report["bounds"]).double() + 1e-15).all()
+        assert report["status"] == "converged"
+    assert (record["n"], record["k"], record["by"], record["version"]) == (43, 3, by, eigenfunc.__version__)
+    assert (out / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{len(groups)} of {len(groups)} layers converged" in capsys.readouterr().out
+
+
+CLOSE = """
+import torch
+
+def make_problem():
+    slopes = torch.cat([torch.linspace(0, 1, 2_000), torch.tensor([2.0])]).double()
+    return lambda p, batch: (slopes * p**2).sum() / 2, torch.ones(2_001).double(), torch.zeros(1)
+"""
+
+
+HALF = """
+import torch
+
+def make_problem():
+    slopes = torch.linspace(0, 1, 1_000).double() ** 4
+
+    def loss(p, batch):
+        return (slopes * p["hard.w"] ** 2).sum() / 2 + (torch.arange(5) * p["easy.w"] ** 2).sum()
+
+    return loss, {"hard.w": torch.ones(1_000).double(), "easy.w": torch.ones(5).double()}, torch.zeros(1)
+"""
+
+
+def test_layers_that_have_not_converged_are_exit_code_3(problem: Path, capsys: Any) -> None:
+    problem.write_text(HALF)
+    out = problem.parent / "out"
+    more = ["--k", "2", "--which", "SA", "--tol", "1e-9", "--seed", "0", "--out", str(out)]
+    assert main(["layers", str(problem), *more]) == 3
+    assert "1 of 2 layers converged" in capsys.readouterr().out
+    found = json.loads((out / "layers.json").read_text())["layers"]
+    assert found["easy"]["status"] == "converged"
+    assert found["hard"]["status"] != "converged"
 
 
 HARD = """
@@ -125,6 +255,12 @@ def test_a_wrong_problem_file_is_bad_input_and_says_why(name: str, problem: Path
     [
         ["run", "missing.py"],
         ["run"],
+        ["layers"],
+        ["density"],
+        ["density", "missing.py"],
+        ["density", "missing.py", "--probes", "0"],
+        ["layers", "missing.py"],
+        ["report", "missing"],
         ["unknown"],
         [],
         ["demo", "--k", "0"],

@@ -113,6 +113,17 @@ def test_the_memory_of_the_basis_falls_as_the_number_of_processes(tmp_path: Path
         assert max(grown(size)) < 1.1 * alone / size
 
 
+def test_layers_are_solved_over_all_of_the_data(all_ranks: list[Any]) -> None:
+    A, stop = truth("mean"), 0
+    sizes = {"0.bias": 5, "0.weight": 20, "2.bias": 3, "2.weight": 15}  # in the order of the flat vector
+    for name, size in sizes.items():
+        start, stop = stop, stop + size
+        expected = wanted(torch.linalg.eigvalsh(A[start:stop, start:stop]), 2, "LM")
+        for found in all_ranks:
+            values, bounds = found["layers"][name]
+            assert ((values - expected).abs() <= bounds + 1e-12).all(), name
+
+
 def test_mini_batches_of_a_pass_average_to_the_matrix(all_ranks: list[Any]) -> None:
     v = flat(random_like(functional_loss(ranks.problem()[0], nn.CrossEntropyLoss())[1]))
     for found in all_ranks:
@@ -154,6 +165,9 @@ def test_a_failure_on_one_rank_ends_the_others_with_a_typed_error(pair: list[Any
         ("other reduction", "InputError", "reduction of the data differs"),
         ("padded", "DataError", "64 samples where there are 63"),
         ("inside vmap", "TransformError", "torch.func transform"),
+        ("checkpoint", "InputError", "a sum over processes is not to be saved"),
+        ("checkpoint of its block", "InputError", "a sum over processes is not to be saved"),
+        ("checkpoint and group", "InputError", "checkpoint does not go with group"),
         ("ddp refused", "ObjectiveError", "Pass model.module"),
         ("ddp within", "ObjectiveError", "0 is wrapped in DistributedDataParallel"),
         ("fsdp refused", "ObjectiveError", "full_tensor()"),

@@ -118,6 +118,41 @@ def test_a_function_for_data_is_called_in_one_process(tmp_path: Path, capsys: An
     check_report(tmp_path)
 
 
+@pytest.mark.parametrize("command", ["density", "layers"])
+def test_the_other_commands_call_a_function_for_data_too(tmp_path: Path, command: str) -> None:
+    path = tmp_path / "problem.py"
+    path.write_text(PROBLEM + DATA["function"])
+    more = ["--probes", "2", "--steps", "5"] if command == "density" else ["--by", "parameter"]
+    assert main([command, str(path), "--k", "2", "--tol", "1e-8", "--out", str(tmp_path / "out"), *more]) == 0
+    if command == "density":
+        found = json.loads((tmp_path / "out" / "density.json").read_text())["values"]
+        expected = wanted(torch.linalg.eigvalsh(truth("mean")), 2, "LM")
+    else:
+        found = json.loads((tmp_path / "out" / "layers.json").read_text())["layers"]["0.bias"]["values"]
+        expected = wanted(torch.linalg.eigvalsh(truth("mean")[:5, :5]), 2, "LM")
+    assert torch.allclose(torch.tensor(found).double().sort().values, expected.sort().values, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--checkpoint", "run.safetensors"], "--checkpoint is for one process"),
+        (["density"], "torchrun spreads `run` alone"),
+        (["layers"], "torchrun spreads `run` alone"),
+    ],
+)
+def test_what_one_process_alone_can_do_is_refused_under_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str], words: str
+) -> None:
+    path = tmp_path / "problem.py"
+    path.write_text(PROBLEM + DATA["function"])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*arguments, str(path), "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "kind", ["function", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("list", "loader"))]
 )

@@ -25,7 +25,7 @@ Make = Callable[[Any, int, Sequence[Tensor]], Product]  # batch, seed, leaves ->
 
 
 class Compiled:
-    """`jvp`, linearised: as `torch.func.linearize` does, but with the batch as an argument.
+    """A product, linearised: as `torch.func.linearize` does, but with the batch as an argument.
 
     A loss whose control flow depends on values of the batch fails to trace; sizes and anything that is not a tensor
     are baked in, and traced anew where they differ.

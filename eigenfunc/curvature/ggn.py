@@ -88,13 +88,13 @@ def ggnvp(objective: Any, params: Tree, batch: Any, v: Tree) -> Tree:
 
 
 def _of(criterion: Callable[[Any, Any], Tensor]) -> OutputMap:
-    """The Hessian of the criterion as an output map; leaves of the outputs that are no floats are constants."""
+    """The Hessian of the criterion as an output map; outputs that are no floats are constants."""
 
     def output_map(outputs: Tree, targets: Any) -> Callable[[Tree], Tree]:
         live, whole = floating(outputs)
-        if len(live) == len(tree.leaves(outputs)):
+        if isinstance(targets, Tensor) and len(live) == len(tree.leaves(outputs)):
             return output_hessian(criterion, outputs, targets, overwrite=True)
-        product = output_hessian(lambda zs, targets: criterion(whole(zs), targets), live, targets)
+        product = output_hessian(lambda zs, targets: criterion(whole(zs), fresh(targets)), live, targets)
         return lambda u: whole(product(floating(u)[0]))
 
     return output_map

@@ -55,6 +55,7 @@ def hessian(
         HESSIAN,
         partial(seeded_hvp, loss),
         "hvp",
+        "jvp",
         on_request={ON_REQUEST: differences},
         noise=lambda: differences.error,
     )

@@ -20,18 +20,27 @@ Noise = np.random.Generator  # rather than torch's, whose numbers transforms wou
 CHUNK = 2**21  # entries that are handled at once where a whole array of them would be large
 
 
+class Softening(NamedTuple):
+    """Targets t w / Σ t w: t the target, smoothed by a share that goes to all classes alike, w the class weights."""
+
+    smoothing: float
+    along: Tensor  # the class weights, on the axis of classes
+
+
 class Tokens(NamedTuple):
     """Categorical observations with probabilities softmax(logits): −log p_y, or −Σ τ_c log p_c for soft targets τ.
 
-    logits   (C,) or (N, C, d…), in the dtype the loss has them
-    weights  of each observation: shaped as the logits, with one entry on the axis of classes
-    targets  classes, with any number of them on the axis of classes (several observations of the same weight, which
-             share it); or soft targets that sum to one over the classes, floating-point and shaped as the logits
+    logits    (C,) or (N, C, d…), in the dtype the loss has them
+    weights   of each observation: shaped as the logits, with one entry on the axis of classes
+    targets   classes, with any number of them on the axis of classes (several observations of the same weight, which
+              share it); or distributions over them, floating-point and shaped as the logits
+    softening makes τ of the targets, where they are soft; only when asked to, for τ takes the memory of the logits
     """
 
     logits: Tensor
     weights: Tensor
     targets: Tensor
+    softening: Softening | None = None
 
     @property
     def axis(self) -> int:
@@ -54,7 +63,21 @@ class Tokens(NamedTuple):
             yield from ((slice(i, i + 1), slice(None), slice(j, j + count)) for j in range(0, inner, count))
 
     def part(self, where: tuple[slice, ...]) -> Tokens:
-        return Tokens(self.logits[where], self.weights[where], self.targets[where])
+        return self._replace(logits=self.logits[where], weights=self.weights[where], targets=self.targets[where])
+
+    def soft(self) -> Tensor | None:
+        """τ, or None where the targets are classes."""
+        if self.softening is None:
+            return None
+        smoothing, along = self.softening
+        even = along * (smoothing / self.logits.shape[self.axis])
+        if self.targets.is_floating_point():
+            smoothed = self.targets.to(along.dtype) * along * (1 - smoothing) + even
+        else:
+            own = along.flatten()[self.targets] * (1 - smoothing)
+            smoothed = even.expand(self.logits.shape).scatter_add(self.axis, self.targets, own)
+        counts = smoothed.sum(self.axis, keepdim=True)
+        return _over(smoothed, counts, counts == 0)
 
 
 class Entries(NamedTuple):
@@ -172,21 +195,22 @@ def _categorical(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     class_weights = torch.ones(classes, dtype=dtype, device=logits.device) if weight is None else weight.to(dtype)
     along = class_weights.reshape([classes if i == axis else 1 for i in range(logits.ndim)])
+    even = class_weights.mean() * label_smoothing
     if soft:
-        smoothed = (targets.to(dtype) * (1 - label_smoothing) + label_smoothing / classes) * along
-        counts = smoothed.sum(axis, keepdim=True)
+        counts = even + (1 - label_smoothing) * torch.tensordot(
+            targets.to(dtype), class_weights, dims=([axis], [0])
+        ).unsqueeze(axis)
         weights = counts / (logits.numel() // classes) if reduction == "mean" else counts
-        return Tokens(logits, weights, _over(smoothed, counts, counts == 0))
+        return Tokens(logits, weights, targets, Softening(label_smoothing, along))
     counted = (targets != ignore_index).unsqueeze(axis)
     labels = torch.where(counted, targets.long().unsqueeze(axis), 0)
     own = torch.where(counted, 1.0 if weight is None else class_weights[labels], 0.0).to(dtype)
-    total, counts, final = own.sum(), own, labels
+    total, counts, softening = own.sum(), own, None
     if label_smoothing > 0:
-        even = along * (label_smoothing / classes)
-        counts = torch.where(counted, own * (1 - label_smoothing) + even.sum(), 0.0)
-        smoothed = even.expand(logits.shape).scatter_add(axis, labels, own * (1 - label_smoothing))
-        final = _over(smoothed, counts, counts == 0)
-    return Tokens(logits, _over(counts, total, counts == 0) if reduction == "mean" else counts, final)
+        counts = torch.where(counted, own * (1 - label_smoothing) + even, 0.0)
+        softening = Softening(label_smoothing, along)
+    weights = _over(counts, total, counts == 0) if reduction == "mean" else counts
+    return Tokens(logits, weights, labels, softening)
 
 
 def _gaussian(z: Tensor, y: Tensor, weights: Tensor, variance: Tensor) -> Entries:

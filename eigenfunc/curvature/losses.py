@@ -107,7 +107,8 @@ def output_fisher(
     if noise is None:
         raise InputError("a Monte-Carlo estimate needs noise to draw from: numpy.random.default_rng(seed)")
     if isinstance(known, Tokens):
-        return _by_rows(_squares, known._replace(targets=_drawn(known, num_samples, noise)), overwrite)
+        drawn = known._replace(targets=_drawn(known, num_samples, noise), softening=None)
+        return _by_rows(_squares, drawn, overwrite)
     return _outer(known.weights, [known.score(known.draw(noise)) for _ in range(num_samples)])
 
 
@@ -147,9 +148,9 @@ def _spread(tokens: Tokens) -> TensorMap:
 def _squares(tokens: Tokens) -> TensorMap:
     """The mean over targets y of w (p − e_y)(p − e_y)ᵀ, or w (p − τ)(p − τ)ᵀ for a soft target."""
     p, axis = _probabilities(tokens), tokens.axis
-    weights, targets = tokens.weights, tokens.targets
-    if targets.is_floating_point():
-        slope = p - targets
+    weights, targets, tau = tokens.weights, tokens.targets, tokens.soft()
+    if tau is not None:
+        slope = p - tau
 
         def soft(u: Tensor) -> Tensor:
             return (weights * slope * (slope * u.to(p.dtype)).sum(axis, keepdim=True)).to(u.dtype)

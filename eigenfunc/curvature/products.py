@@ -36,6 +36,7 @@ class Product(NamedTuple):
     block: Map  # a stack of vectors, with a leading axis on every tensor
     held: int | None = None  # bytes kept for it, None if only autograd knows
     beside: int = 0  # bytes kept beside what autograd knows
+    within: Callable[[Sequence[int]], Product] | None = None  # the block on some leaves, if that is cheaper
 
 
 Way = Callable[[F, Sequence[Tensor]], Product]
@@ -81,22 +82,56 @@ def graph(f: Function, point: Sequence[Tensor]) -> Product:
     with Held():
         value = f(leaves)
     gradient = slopes(value, leaves, create_graph=True)
-    live = [i for i, slope in enumerate(gradient) if slope is not None and slope.requires_grad]
 
-    def pulled(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+    def pulled(chosen: Sequence[int], v: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        pairs = [(gradient[i], x) for i, x in zip(chosen, v, strict=True) if gradient[i] is not None]
+        live = [(slope, x) for slope, x in pairs if slope.requires_grad]
         if not live:
             return [torch.zeros_like(x) for x in v]
         out = torch.autograd.grad(
-            [gradient[i] for i in live],
-            leaves,
-            [v[i] for i in live],
+            [slope for slope, _ in live],
+            [leaves[i] for i in chosen],
+            [x for _, x in live],
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=batched,
         )
         return [torch.zeros_like(x) if block is None else _own(block, x) for x, block in zip(v, out, strict=True)]
 
-    return Product(lambda v: pulled(v, False), lambda vs: pulled(vs, True))
+    def within(chosen: Sequence[int]) -> Product:
+        return Product(lambda v: pulled(chosen, v, False), lambda vs: pulled(chosen, vs, True))
+
+    return within(range(len(leaves)))._replace(within=within)
+
+
+def _narrowed(
+    way: Callable[[Function, Sequence[Tensor]], Product], f: Function, point: Sequence[Tensor], chosen: Sequence[int]
+) -> Product:
+    """The product by `way` of f as a function of some of its leaves alone, the others constant."""
+
+    def g(some: Sequence[Tensor]) -> Tensor:
+        filled = list(point)
+        for i, x in zip(chosen, some, strict=True):
+            filled[i] = x
+        return f(filled)
+
+    return way(g, [point[i] for i in chosen])
+
+
+def embedded(product: Product, point: Sequence[Tensor], chosen: Sequence[int]) -> Product:
+    """The principal block on some leaves by whole products, of vectors that are zero elsewhere."""
+
+    def through(apply: Map, lead: int) -> Map:
+        def mapped(v: Sequence[Tensor]) -> list[Tensor]:
+            filled = [x.new_zeros(v[0].shape[:lead] + x.shape) for x in point]
+            for i, x in zip(chosen, v, strict=True):
+                filled[i] = x
+            image = apply(filled)
+            return [image[i] for i in chosen]
+
+        return mapped
+
+    return Product(through(product.single, 0), through(product.block, 1))
 
 
 def _own(image: Tensor, x: Tensor) -> Tensor:
@@ -127,7 +162,8 @@ def jvp(f: Function, point: Sequence[Tensor]) -> Product:
     def pushed(v: Sequence[Tensor]) -> list[Tensor]:
         return list(torch.func.jvp(slope, (list(point),), (list(v),))[1])
 
-    return Product(pushed, lambda vs: list(torch.func.vmap(pushed, randomness="same")(list(vs))))
+    block = torch.func.vmap(pushed, randomness="same")
+    return Product(pushed, lambda vs: list(block(list(vs))), within=partial(_narrowed, jvp, f, point))
 
 
 def dual(f: Function, point: Sequence[Tensor]) -> Product:
@@ -140,7 +176,7 @@ def dual(f: Function, point: Sequence[Tensor]) -> Product:
             tangents = [None if slope is None else forward_ad.unpack_dual(slope).tangent for slope in gradient]
             return [torch.zeros_like(x) if t is None else t for x, t in zip(v, tangents, strict=True)]
 
-    return Product(pushed, looped(pushed))
+    return Product(pushed, looped(pushed), within=partial(_narrowed, dual, f, point))
 
 
 def vjp(f: Function, point: Sequence[Tensor]) -> Product:
@@ -180,7 +216,7 @@ class Differences:
                 self.error = max(self.error, _CAUTION * float(tree.norm(errors)) / length)
             return image
 
-        return Product(product, looped(product))
+        return Product(product, looped(product), within=partial(_narrowed, self, f, point))
 
 
 def _by_differences(f: Function, point: Sequence[Tensor], v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -69,7 +69,7 @@ def _losses(loss: Loss, point: Tree, reader: Reader) -> list[tuple[float, Tensor
     for index, weight, batch in reader.one_pass():
         if weight == 0:
             continue
-        value = _value(products.of_leaves(loss, batch, point, reader.seed + index), tree.leaves(point))
+        value = evaluated(products.of_leaves(loss, batch, point, reader.seed + index), tree.leaves(point))
         if not bool(torch.isfinite(value)):
             raise DataError(
                 f"the loss of batch {index} is {value.item()}: no derivative exists there. Look for bad samples in "
@@ -79,7 +79,7 @@ def _losses(loss: Loss, point: Tree, reader: Reader) -> list[tuple[float, Tensor
     return found
 
 
-def _value(f: Function, refs: list[Tensor]) -> Tensor:
+def evaluated(f: Function, refs: list[Tensor]) -> Tensor:
     """The loss in float64; with a graph only for losses that differentiate by the parameters themselves."""
     try:
         return f(refs).detach().double()
@@ -103,7 +103,7 @@ def _check_purity(loss: Loss, point: Tree, batch: Any, seed: int) -> None:
         own = mapped(copied, batch)
     except DataError:
         own = batch
-    _value(products.of_leaves(guarded(loss), own, params, seed), tree.leaves(params))
+    evaluated(products.of_leaves(guarded(loss), own, params, seed), tree.leaves(params))
     written = [i for i, copy in enumerate(copies) if copy._version > 0]
     if written:
         what = f"parameter '{tree.names(point)[written[0]]}'" if written[0] < count else "a tensor of its batch"
@@ -157,7 +157,7 @@ def _check_cut(loss: Loss, point: Tree, batches: Batches, seed: int, slack: floa
         for _, weight, piece in Reader(replace(batches, microbatch=size), tree.device(point)).one_pass():
             try:
                 with _Undropped():
-                    value = _value(products.of_leaves(loss, piece, point, seed), tree.leaves(point))
+                    value = evaluated(products.of_leaves(loss, piece, point, seed), tree.leaves(point))
             except ValueError as error:  # batch norm of one sample
                 raise DataError(
                     f"the model cannot take pieces of {size} samples: {error}; leave microbatch out"

@@ -117,12 +117,20 @@ def graph(f: Halves, point: Sequence[Tensor]) -> Product:
         u = _apart([_or_zeros(found.pop(i, None), dual, lead) for i, dual in enumerate(duals)], v)
         del tangents
         with scope.untouched(device), mended():  # M may run the criterion
-            w = torch.func.vmap(apply, randomness="same")(u) if batched else apply(u)
+            w = _one_by_one(apply, u) if batched else apply(u)
         del u
         out = pull(ends, leaves, [w[i] for i in live])
         return [_or_zeros(block, x, lead) for block, x in zip(out, leaves, strict=True)]
 
-    return Product(lambda v: product(v, False), lambda vs: product(vs, True), beside=size)
+    return Product(lambda v: product(v, False), lambda vs: product(vs, True), beside=2 * size)
+
+
+def _one_by_one(apply: Map, u: list[Tensor]) -> list[Tensor]:
+    """M applied to each of a stack in its place: under vmap it would take several times the memory of the stack."""
+    for i in range(u[0].shape[0]):
+        for x, image in zip(u, apply([x[i] for x in u]), strict=True):
+            x[i] = image
+    return u
 
 
 def _or_zeros(block: Tensor | None, like: Tensor, lead: Sequence[int]) -> Tensor:
@@ -255,6 +263,7 @@ def sandwich(
         Ways(name, WAYS, _by_differences, "central differences of the outputs", remedy),
         partial(seeded_product, objective, output_map),
         "its pure product",
+        "vjp",
         confirm=confirmed,
     )
     return operator(matrix, params, data, product, cache, chunk, compile, check)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
+from eigenfunc.choices import Choices
 from eigenfunc.curvature import products, rehearsal
 from eigenfunc.curvature.compiled import Compiled
 from eigenfunc.curvature.mends import Seen, mended
@@ -22,8 +23,8 @@ from eigenfunc.curvature.products import F, Loss, Product, Way, Ways
 from eigenfunc.curvature.proof import Proof, check_mends, disagreement, prove, tolerance_of
 from eigenfunc.curvature.sweep import Prepare, Sweep, budget_for, seconds
 from eigenfunc.data import Batches, Reader, as_batches, average
-from eigenfunc.errors import CompileWarning, InputError, ObjectiveError
-from eigenfunc.operator import LinearOperator, MatVec
+from eigenfunc.errors import CheckpointError, CompileWarning, InputError, ObjectiveError
+from eigenfunc.operator import LinearOperator, MatVec, Part
 from eigenfunc.tree import Tree
 
 _KEPT = "graph"  # the way whose work between products can be kept
@@ -34,8 +35,9 @@ class Matrix(NamedTuple, Generic[F]):
 
     loss        (params, batch) -> (), which is tried out on the data before the first product
     bind        (batch, params, seed) -> f, what the ways take: functions of the list of leaves of the parameters
-    ways        "graph", whose work is kept, and "jvp", which is compiled, among them
+    ways        "graph", whose work is kept, among them
     pure        (params, batch, v, seed) -> product, for use inside of transforms; called as in `pure_name`
+    traced      the way that is compiled, which runs the model once
     on_request  ways that are taken only if asked for, and then without proof
     noise       the largest error so far of a product with a unit vector, where more than rounding is known of
     confirm     (f, point, what the mends met): further proof, under the mends; raises `ProductError`
@@ -46,6 +48,7 @@ class Matrix(NamedTuple, Generic[F]):
     ways: Ways[F]
     pure: Callable[[Tree, Any, Tree, int | None], Tree]
     pure_name: str
+    traced: str
     on_request: Mapping[str, Way[F]] = {}
     noise: Callable[[], float] = float
     confirm: Callable[[F, Sequence[Tensor], Seen], None] | None = None
@@ -116,18 +119,50 @@ class _SetUp(NamedTuple, Generic[F]):
             sweep.keep(made, budget, in_order=in_order)
         elif _KEPT in ways and budget > 0:
             sweep.keep(partial(self.prepare, _KEPT), budget, in_order=in_order)
-        way = _KEPT if _KEPT in ways else ways[0]
+        sweep.way = _KEPT if _KEPT in ways else ways[0]
         if check:
             prepares = {way: partial(made or partial(self.prepare, way), index, batch) for way in ways}
-            way, spent = _fastest(sweep, tree.leaves(point), prepares if made is None else {way: prepares[way]})
-            sweep.remake = made or partial(self.prepare, way)
+            if made is not None:
+                prepares = {sweep.way: prepares[sweep.way]}
+            sweep.way, spent = _fastest(sweep, tree.leaves(point), prepares)
+            sweep.remake = made or partial(self.prepare, sweep.way)
             figures = f"; on the first batch {1e3 * spent:.3g} ms a product" + figures
-        words = "as asked" if asked else "not checked" if proof is None else proof.words(way)
-        words += f"; mends met: {', '.join(sorted(seen.names))}" if seen.names else ""
-        prefix = f"{matrix.ways.matrix}, way '{way}'{' compiled' if made is not None else ''}, {words}"
-        return self._guarded(sweep, prefix, asked, figures)
 
-    def _guarded(self, sweep: Sweep, prefix: str, asked: bool, figures: str) -> LinearOperator:
+        def words() -> str:
+            proven = "as asked" if asked else "not checked" if proof is None else proof.words(sweep.way)
+            mends = f"; mends met: {', '.join(sorted(seen.names))}" if seen.names else ""
+            error = f", off by at most {matrix.noise():.0e} for unit vectors so far" if asked else ""
+            way = f"way '{sweep.way}'{' compiled' if made is not None else ''}"
+            return f"{matrix.ways.matrix}, {way}, {proven}{mends}{error}; {sweep.describe()}{figures}{scope.process()}"
+
+        return self._guarded(sweep, words, self._choices(sweep, ways, made is not None))
+
+    def _choices(self, sweep: Sweep, ways: Sequence[str], compiled: bool) -> Choices:
+        """Which way which batches go, and how many vectors at once. A kept graph and one made anew give the same bits,
+        so that it does not matter how many fit this time."""
+
+        def tell() -> dict[str, Any]:
+            error = max(self.matrix.noise(), sweep.error)
+            return {"way": sweep.way, "graphs": sweep.start, "compiled": compiled, "chunk": sweep.chunk, "error": error}
+
+        def take(told: Any) -> None:
+            way, graphs = told["way"], told["graphs"]
+            needed = {way} if graphs == 0 or compiled else {way, _KEPT}
+            if told["compiled"] != compiled or not needed <= set(ways):
+                raise CheckpointError(
+                    f"what was saved was formed by {', '.join(sorted(needed))}{' compiled' * told['compiled']}, what "
+                    f"can be formed now by {', '.join(ways)}{' compiled' * compiled}. "
+                    "Ask for the same `product` and `compile` in the same environment, or give another path"
+                )
+            sweep.chunk, sweep.error = told["chunk"], told["error"]
+            if not compiled:
+                sweep.way = way
+                sweep.forget(graphs if way != _KEPT else sweep.start)
+                sweep.remake = lambda index, batch: self.prepare(_KEPT if index < graphs else way, index, batch)
+
+        return Choices(tell, take)
+
+    def _guarded(self, sweep: Sweep, words: Callable[[], str], choices: Choices) -> LinearOperator:
         """The sweep as an operator that refuses once the parameters were written into."""
         matrix, point, reader = self
         pure = _pure(matrix, point, reader.batches, reader.seed)
@@ -149,11 +184,16 @@ class _SetUp(NamedTuple, Generic[F]):
             current()
             return sweep.matmat(vs)
 
-        def describe() -> str:
-            error = f", off by at most {matrix.noise():.0e} for unit vectors so far" if asked else ""
-            return f"{prefix}{error}; {sweep.describe()}{figures}{scope.process()}"
+        def principal(parts: Sequence[Part]) -> list[list[Tensor]]:
+            current()
+            return sweep.principal(parts)
 
-        return LinearOperator(matvec, point, matmat, sweep.minibatches, describe, matrix.noise, sweep.block_ratio)
+        def noise() -> float:
+            return max(matrix.noise(), sweep.error)
+
+        return LinearOperator(
+            matvec, point, matmat, sweep.minibatches, words, noise, sweep.block_ratio, principal, choices
+        )
 
     def _formed(self, way: str, batch: Any, seed: int, leaves: Sequence[Tensor]) -> Product:
         f = self.matrix.bind(batch, self.point, seed)
@@ -182,7 +222,7 @@ class _SetUp(NamedTuple, Generic[F]):
 
     def _compiled(self, way: str, index: int, batch: Any, seen: Seen) -> Prepare | None:
         """Compiled products, or None where that fails or disagrees with the eager product of the first batch."""
-        maker = Compiled(partial(self._formed, "jvp"), self.point)
+        maker = Compiled(partial(self._formed, self.matrix.traced), self.point)
         refs, names = tree.leaves(self.point), tree.names(self.point)
         generator = torch.Generator().manual_seed(2)
         v = [tree.randn(x, generator) for x in refs]

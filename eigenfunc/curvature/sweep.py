@@ -17,26 +17,30 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature.mends import mended
-from eigenfunc.curvature.products import Product
+from eigenfunc.curvature.products import Product, embedded
 from eigenfunc.data import Reader, average
-from eigenfunc.operator import MatVec
+from eigenfunc.operator import MatVec, Part
 from eigenfunc.tree import Tree
 
 Prepare = Callable[[int, Any], Product]  # index of the batch, batch -> its product
 
 _SHARE = 0.5  # of the free memory that kept graphs may take by themselves
 _BLOCK = 8  # vectors multiplied at once, if that is faster than one by one
+_GAIN = 0.8  # and takes less than this share of the time: a closer choice would be another one in each run
 
 
 class Kept(NamedTuple):
     weight: float
     product: Product
+    size: int  # bytes
 
 
 class Sweep:
     """The matrix over all batches as products with trees shaped as `point`.
 
     remake   forms the product of a batch that is not kept
+    way      its name
+    error    of products of an earlier run, if any is known of
     chunk    vectors multiplied at once; None: measured when a stack of vectors first comes in
     """
 
@@ -45,11 +49,13 @@ class Sweep:
         self.remake = remake
         self.chunk = chunk
         self.kept: dict[int, Kept] = {}
+        self.way = ""
+        self.error = 0.0
         self.complete = False
-        self.kept_bytes = 0
         self.largest_bytes = 0
         self._point = point
         self._rebuild = tree.flatten(point)[1]
+        self._narrow: dict[tuple[tuple[int, ...], bool], bool] = {}  # (leaves, kept) -> their own product proves right
 
     def keep(self, prepare: Prepare, budget: int, *, in_order: bool) -> None:
         """Keep the graphs of the first batches, as many as fit into `budget` bytes.
@@ -75,10 +81,24 @@ class Sweep:
                 if self.kept_bytes + size > budget:
                     self.complete = False
                     break
-                self.kept_bytes += size
-                self.kept[index] = Kept(weight, product)
+                self.kept[index] = Kept(weight, product, size)
         if not self.complete and not in_order:
-            self.kept, self.kept_bytes = {}, 0
+            self.kept = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(kept.size for kept in self.kept.values())
+
+    @property
+    def start(self) -> int:
+        """The number of the first batch that is not kept: those before it are, unless they have no weight."""
+        return 1 + max(self.kept, default=-1)
+
+    def forget(self, start: int) -> None:
+        """Drop the graphs of the batches from number `start` on."""
+        if start < self.start:
+            self.kept = {index: kept for index, kept in self.kept.items() if index < start}
+            self.complete = False
 
     def parts(self) -> Iterator[tuple[float, Callable[[], Product]]]:
         """(weight, function that hands out the product) of each batch."""
@@ -93,9 +113,12 @@ class Sweep:
 
     def total(self, use: Callable[[Product], Sequence[Tensor]]) -> Tree:
         """The weighted mean, or sum, of `use(product)` over the batches."""
+        return self._rebuild(self._mean(use))
+
+    def _mean(self, use: Callable[[Product], Sequence[Tensor]]) -> list[Tensor]:
         with self._scope():
             mean = average(((w, partial(_used, use, make)) for w, make in self.parts()), self.reader.batches.reduction)
-        return self._rebuild(_distinct(mean))
+        return _distinct(mean)
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
@@ -115,6 +138,34 @@ class Sweep:
         if self.chunk is None and flat[0].shape[0] > 1:
             self.chunk = self._best_chunk(flat)
         return self.total(lambda product: self._in_chunks(product, flat))
+
+    def principal(self, parts: Sequence[Part]) -> list[list[Tensor]]:
+        """As `LinearOperator.principal`: the batches are read, and their graphs made, once for all parts."""
+
+        held = {id(kept.product) for kept in self.kept.values()}
+
+        def use(product: Product) -> list[Tensor]:
+            kept = id(product) in held
+            return [x for chosen, vs in parts for x in self._in_chunks(self._within(product, chosen, kept), vs)]
+
+        images = iter(self._mean(use))
+        return [[next(images) for _ in chosen] for chosen, _ in parts]
+
+    def _within(self, product: Product, chosen: tuple[int, ...], kept: bool) -> Product:
+        """The product of some leaves by themselves where there is one that agrees, once, with the whole product."""
+        whole = embedded(product, tree.leaves(self._point), chosen)
+        if product.within is None:
+            return whole
+        key = chosen, kept
+        if key not in self._narrow:
+            generator = torch.Generator().manual_seed(3)
+            v = [tree.randn(tree.leaves(self._point)[i], generator) for i in chosen]
+            expected = whole.single(v)
+            try:
+                self._narrow[key] = _close(product.within(chosen).single(v), expected)
+            except Exception:  # user code and torch raise whatever they like
+                self._narrow[key] = False
+        return product.within(chosen) if self._narrow[key] else whole
 
     def block_ratio(self) -> float:
         """Seconds of a block of eight products with the first batch over those of eight single ones, each with its
@@ -168,7 +219,7 @@ class Sweep:
             product = next(make() for weight, make in self.parts() if weight > 0)
             best = 1
             single = product.single([v[0] for v in vs])
-            fastest = seconds(lambda: product.single([v[0] for v in vs]), self.reader.device)
+            fastest = min(seconds(lambda: product.single([v[0] for v in vs]), self.reader.device) for _ in range(3))
             roomy = self.largest_bytes * 4 < available(self.reader.device)
             for chunk in (_BLOCK, 4 * _BLOCK) if roomy else ():
                 if vs[0].shape[0] < chunk:
@@ -181,7 +232,7 @@ class Sweep:
                 except (RuntimeError, MemoryError, Warning):
                     break
                 spent = seconds(partial(product.block, piece), self.reader.device) / chunk
-                if spent > 0.95 * fastest or not _close([x[0] for x in block], single):
+                if spent > _GAIN * fastest or not _close([x[0] for x in block], single):
                     break
                 best, fastest = chunk, spent
         return best
@@ -193,7 +244,9 @@ class Sweep:
             size, count = tree.gibibytes(self.kept_bytes), len(self.kept)
             which = "all batches" if self.complete else f"the first {count}, and no others,"
             kept = f"graphs of {which} kept ({size})"
-        return kept + ("" if self.chunk is None else f", vectors {self.chunk} at once")
+        whole = sum(not own for own in self._narrow.values())
+        blocks = f", {whole} blocks by whole products" if whole else ""
+        return kept + ("" if self.chunk is None else f", vectors {self.chunk} at once") + blocks
 
 
 def seconds(f: Callable[[], Any], device: torch.device) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from eigenfunc import scope, tree
+from eigenfunc.choices import Choices
 from eigenfunc.curvature.sweep import budget_for
 from eigenfunc.data import Batches, Reader, as_batches
 from eigenfunc.distributed.deal import refuse_padding
@@ -72,8 +73,9 @@ def data_parallel(
 
     An exception on one process raises it there and `DistributedError`, naming the rank, on all others; so does a
     process that dies, or answers later than the timeout of the group, which is then of no more use. Raises
-    `DistributedError` too where processes multiply different vectors, `InputError` where there is no group, or
-    parameters differ between processes, `DataError` where all shares are empty, and what `make` raises.
+    `DistributedError` too where processes multiply different vectors, `InputError` where there is no group, where a run
+    with this operator is given a checkpoint, or parameters differ between processes, `DataError` where all shares are
+    empty, and what `make` raises.
     """
     team = team_of(group)
     device, batches = _place(params, data, team)
@@ -131,6 +133,13 @@ def _weight(batches: Batches, device: torch.device) -> float:
         return float(any(w > 0 for w in weights)) if batches.reduction == "sum" else sum(weights)
 
 
+def _refuse(*told: Any) -> None:
+    raise InputError(
+        "a sum over processes is not to be saved: each process would save at times of its own, and the files of a run "
+        "that was killed would not fit together. Leave out checkpoint"
+    )
+
+
 _FAILED, _STOP = 1, 2
 
 
@@ -167,6 +176,7 @@ class _Summed:
             self.describe,
             lambda: self.noise,
             self.block_ratio,
+            choices=Choices(_refuse, _refuse),
         )
 
     def product(self, product: MatVec | None, v: Tree) -> Tree:

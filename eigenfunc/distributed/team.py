@@ -99,6 +99,11 @@ def checksum(x: Tree) -> Tensor:
     return (total ^ (total >> 24) ^ (total >> 48)).remainder(_MODULUS)
 
 
+def alone() -> bool:
+    """Whether torchrun did not start this program, or started it once."""
+    return not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ["WORLD_SIZE"] == "1"
+
+
 @contextmanager
 def launched(timeout: float) -> Iterator[tuple[int, int]]:
     """(rank, world size) with a process group if torchrun started this program, (0, 1) if not.

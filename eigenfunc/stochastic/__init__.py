@@ -1,0 +1,1 @@
+"""Estimates from random probes, each with the error that it can have."""
