@@ -23,6 +23,7 @@ from eigenfunc.operator import LinearOperator, aslinearoperator
 from eigenfunc.overlap import gradient_overlap, gradient_shares, principal_angles, subspace_overlap
 from eigenfunc.power_iteration import power_iteration
 from eigenfunc.preconditioners import adam_preconditioner
+from eigenfunc.records import Alert, Record
 from eigenfunc.solution import EigenPairs, Solution, Status
 from eigenfunc.solve import LinearSolution, solve
 from eigenfunc.stochastic.density import Density, spectral_density
@@ -31,8 +32,10 @@ from eigenfunc.stochastic.estimate import Estimate
 from eigenfunc.stochastic.functions import effective_dimension, logdet, moments
 from eigenfunc.stochastic.trace import frobenius_norm, trace
 from eigenfunc.subspace_iteration import subspace_iteration
+from eigenfunc.track import SpectrumTracker
 
 __all__ = [
+    "Alert",
     "Batches",
     "Checkpoint",
     "Density",
@@ -45,7 +48,9 @@ __all__ = [
     "NotConverged",
     "Objective",
     "Quadrature",
+    "Record",
     "Solution",
+    "SpectrumTracker",
     "Status",
     "Tridiagonal",
     "__version__",

@@ -164,6 +164,8 @@ def certify(products: Products, x: Tensor) -> Certified:
     x = basis.orthonormalise(x)
     image = products(x)
     g = tree.exact_gram(x, image)
+    if not bool(torch.isfinite(g).all()):
+        raise NonFiniteError(non_finite(products.matvecs))
     values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
     turn = u.mT.to(x.device)
     x, image = tree.combine(turn, x), tree.combine(turn, image)
@@ -232,7 +234,7 @@ def _given(v0: Tree, products: Products) -> Tensor:
     stacked = len(leaves) == len(refs) and all(
         isinstance(x, Tensor) and x.ndim == ref.ndim + 1 for x, ref in zip(leaves, refs, strict=True)
     )
-    tree.check_like(v0, like, "v0", stacked=stacked)
+    tree.check_like(v0, like, "v0", stacked=stacked, dtypes=False)  # a solution's vectors are wider than half precision
     if stacked and len(leaves[0]) == 0:
         raise InputError("v0 is a stack of no vectors")
     flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach(), v0), like)

@@ -210,11 +210,12 @@ class LinearOperator:
     def deflate(self, pairs: Any) -> LinearOperator:
         """A − Σ λ_i v_i v_iᵀ for `pairs` with `values` (k,) and orthonormal `vectors` (k, *leaf): a Solution, say."""
         values, vectors = pairs.values, pairs.vectors
-        tree.check_like(vectors, self.like, "pairs.vectors", stacked=True)
+        tree.check_like(vectors, self.like, "pairs.vectors", stacked=True, dtypes=False)
 
         def remove(products: Tree, vs: Tree) -> Tree:
             weights = tree.gram(vs, vectors)
-            return tree.sub(products, tree.combine(weights * values.to(weights), vectors))
+            found = tree.combine(weights * values.to(weights), vectors)
+            return tree.tree_map(lambda leaf, part: (leaf - part).to(leaf.dtype), products, found)
 
         def single(matvec: MatVec) -> MatVec:
             def product(v: Tree) -> Tree:
