@@ -8,6 +8,8 @@ from eigenfunc.curvature.ggn import ggn, ggnvp
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.curvature.products import hvp
 from eigenfunc.data import Batches
+from eigenfunc.distributed.deal import share
+from eigenfunc.distributed.parallel import data_parallel
 from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import EigenfuncError, NotConverged
 from eigenfunc.funm import FunctionProduct, funm_multiply
@@ -60,6 +62,7 @@ __all__ = [
     "aslinearoperator",
     "blocks",
     "compute_hessian_eigenthings",
+    "data_parallel",
     "diagonal",
     "effective_dimension",
     "eigsh",
@@ -85,6 +88,7 @@ __all__ = [
     "principal_angles",
     "quadrature",
     "sampling_error",
+    "share",
     "sharpness",
     "solve",
     "spectral_density",

@@ -290,7 +290,7 @@ class Chain:
         self.mix = (span.s @ span.s.mT).to(span.vectors.device)
         self.size = products.size - len(span.theta)
         self.count = count
-        self.held = span.vectors.new_empty(0, count * products.size)
+        self.held = span.vectors.new_empty(0, count * products.width)
         self.room = max(PROBE, _HELD // (count * products.size))
         start = torch.cat([products.random(generator) for _ in range(count)])
         for _ in range(3):

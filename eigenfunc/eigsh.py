@@ -7,12 +7,12 @@ import time
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from eigenfunc import endgame, resume, scope
 from eigenfunc.certificate import Products, seeded, start_block
 from eigenfunc.checkpoint import Checkpoint
+from eigenfunc.distributed.team import Group
 from eigenfunc.errors import InputError
 from eigenfunc.plan import ends, plan_for
 from eigenfunc.solution import Solution
@@ -36,6 +36,7 @@ def eigsh(
     basis_dtype: torch.dtype | None = None,
     max_matvecs: int | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    group: Group = None,
     progress: bool = False,
     throw: bool = True,
 ) -> Solution:
@@ -58,14 +59,18 @@ def eigsh(
                 as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
     checkpoint  a file, or a `Checkpoint`, which says more of it: the run is saved there, and where the same call finds
                 the file it goes on from it, to the same result bit for bit
+    group       processes of torch.distributed, each of which calls this with the same arguments (but no checkpoint) and
+                the same operator, of `data_parallel` say, and keeps its part of the basis. A product gathers the whole
+                vector from them, an inner product is a sum over them; the seed is that of the first
     throw       raise `NotConverged`, which carries the solution, unless every pair converged
 
-    Memory: basis_size + block_size vectors, and about 5k more at the end. Before pairs are called converged, the
-    eigenvalues beyond them are counted: by Sylvester's law of inertia from what was multiplied, and by a Lanczos chain
-    from a random vector for the rest. Whatever the spectrum and the start vector, the chance that an eigenvalue beyond
-    the tolerance of the last wanted one escapes is at most one in a thousand on each side; `bounds` are widened by
-    what could not be excluded. Residuals come from fresh products. There is no `sigma`: values inside the spectrum
-    need the inverse of A − σ, which products alone do not give at a fair price.
+    Memory: basis_size + block_size vectors, and about 5k more at the end; with a group that over its size, beside a few
+    whole vectors and the k that are returned. Before pairs are called converged, the eigenvalues beyond them are
+    counted: by Sylvester's law of inertia from what was multiplied, and by a Lanczos chain from a random vector for the
+    rest. Whatever the spectrum and the start vector, the chance that an eigenvalue beyond the tolerance of the last
+    wanted one escapes is at most one in a thousand on each side; `bounds` are widened by what could not be excluded.
+    Residuals come from fresh products. There is no `sigma`: values inside the spectrum need the inverse of A − σ, which
+    products alone do not give at a fair price.
 
     Raises `InputError` for arguments out of range, `TreeError` for a `v0` of another structure, `NonFiniteError`
     for a product with NaN, `TransformError` inside a torch.func transform, `CheckpointError` for a file that is
@@ -75,7 +80,7 @@ def eigsh(
     Appl. 22 (2000).
     """
     begun = time.perf_counter()
-    products = Products(A)
+    products = Products(A, group)
     asked = {"which": which, "k": ends(k, which), "tol": tol, "basis_dtype": str(basis_dtype)}
     store, old = resume.opened(checkpoint, products, asked)
     if old is not None:
@@ -85,23 +90,24 @@ def eigsh(
     plan = plan_for(k, which, tol, products.size, block_ratio=products.A.block_ratio, **sizes)
     if basis_dtype not in (None, torch.float16, torch.bfloat16):
         raise InputError(f"basis_dtype must be torch.float16 or torch.bfloat16, or left out, got {basis_dtype!r}")
-    generator, seed = seeded(seed)
-    given = None if v0 is None else start_block(v0, plan.block_size, products, generator)
+    generator, seed = seeded(products.agreed(seed))
     asked |= {"basis_size": plan.basis_size, "block_size": plan.block_size, "seed": seed}
     with (
+        products.summed(),
         scope.full_precision(products.device),
         torch.no_grad(),
         tqdm(disable=not progress, desc=f"eigsh {which}", unit=" products", leave=False) as bar,
     ):
         run = Run(plan, products, generator, bar if progress else None, basis_dtype)
-        witness = _start(run, given) if store is None or old is None else resume.restore(store, old, run, asked)
+        witness = _start(run, v0) if store is None or old is None else resume.restore(store, old, run, asked)
         if store is not None:
             run.journal = resume.journal(store, run, asked, witness, begun)
         return _finish(run, basis_dtype is not None, seed=seed, begun=begun, throw=throw)
 
 
-def _start(run: Run, given: Tensor | None) -> resume.Witness:
-    """From the block that was given, or a random one; a single vector is the one that was calibrated with."""
+def _start(run: Run, v0: Tree | None) -> resume.Witness:
+    """From the vectors that were given, or random ones; a single one is that which was calibrated with."""
+    given = None if v0 is None else start_block(v0, run.plan.block_size, run.products, run.generator)
     drawn = run.generator.get_state()
     tried, image = run.products.calibrate(run.generator)
     if given is None and run.plan.block_size == 1:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigenfunc import bridge, scope, tree
+from eigenfunc import bridge, scope, selection, tree
 from eigenfunc.choices import NO_CHOICES, Choices, both
 from eigenfunc.errors import InputError, TreeError
-from eigenfunc.tree import By, Select, Tree
+from eigenfunc.tree import Tree
 
 MatVec = Callable[[Tree], Tree]
 Part = tuple[tuple[int, ...], list[Tensor]]  # which leaves, and a stack of vectors (p, *leaf) on them
@@ -230,7 +230,7 @@ class LinearOperator:
             stacked=lambda vs: remove(self._matmat(vs), vs),
         )
 
-    def restrict(self, select: Select) -> LinearOperator:
+    def restrict(self, select: selection.Select) -> LinearOperator:
         """The principal block of A on some leaves; its vectors are dicts from leaf name to tensor.
 
         `select` is a predicate on names, a glob pattern, a name or a dotted prefix, or a list of those. A product of
@@ -239,7 +239,7 @@ class LinearOperator:
         leaves have the same dotted name.
         """
         labels, refs, rebuild = tree.names(self.like), *tree.flatten(self.like)
-        picked = set(tree.chosen(labels, select, "restrict"))
+        picked = set(selection.chosen(labels, select, "restrict"))
         if doubled := next((name for name in labels if name in picked and labels.count(name) > 1), None):
             raise TreeError(f"restrict: two leaves are called '{doubled}', so that it does not say which is meant")
         by_name = dict(zip(labels, refs, strict=True))
@@ -279,7 +279,7 @@ class LinearOperator:
             choices=self.choices,
         )
 
-    def blocks(self, by: By = "module") -> dict[str, LinearOperator]:
+    def blocks(self, by: selection.By = "module") -> dict[str, LinearOperator]:
         """The principal blocks of A on groups of leaves, by group in the order of the leaves: see `restrict`.
 
         by   "module", one block a module (the dotted prefix of its parameters' names); "parameter"; a function from a
@@ -288,7 +288,7 @@ class LinearOperator:
 
         Raises `InputError` where `by` is none of these or a selection selects nothing.
         """
-        groups = tree.grouped(self.like, by, "by")
+        groups = selection.grouped(self.like, by, "by")
         return {group: self.restrict(set(members).__contains__) for group, members in groups.items()}
 
     def to_dense(self, *, chunk: int = 128) -> Tensor:

@@ -20,9 +20,10 @@ from eigenfunc.curvature.products import Loss
 from eigenfunc.errors import InputError
 from eigenfunc.landscape import Landscape, landscape as sampled
 from eigenfunc.records import Alert, Record
+from eigenfunc.selection import By, grouped
 from eigenfunc.solution import Solution
 from eigenfunc.stochastic.density import Density
-from eigenfunc.tree import By, Tree
+from eigenfunc.tree import Tree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,7 +171,7 @@ def vector_norms(solution: Solution, by: By = "parameter", ax: Axes | None = Non
         name: tree.norms(leaf).cpu() ** 2
         for name, leaf in zip(tree.names(solution.vectors), tree.leaves(solution.vectors), strict=True)
     }
-    rows = tree.grouped(solution.vectors, by, "by")
+    rows = grouped(solution.vectors, by, "by")
     shares = torch.stack([torch.stack([squares[name] for name in members]).sum(0) for members in rows.values()])
     shares = 100 * shares / torch.stack(list(squares.values())).sum(0)
     open_ = ~solution.converged

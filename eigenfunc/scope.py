@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from eigenfunc import tree
@@ -74,6 +75,13 @@ def inside_transform() -> bool:
     """Whether a torch.func transform (grad, jvp, vmap, functionalize) is active."""
     functorch: Any = torch._C._functorch
     return functorch.peek_interpreter_stack() is not None
+
+
+def process() -> str:
+    """Which process this is, in words for what only knows of its own data; nothing where there is but one."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ""
+    return f"; over the data of process {dist.get_rank()} of {dist.get_world_size()} alone"
 
 
 def derivative_levels() -> int:

@@ -100,7 +100,7 @@ class Run:
         above, below, proven = facts["limits"]
         self.limits = completeness.Limits({1: above, -1: below}, proven)
         self.generator.set_state(tensors["generator"])
-        basis = torch.zeros(self.rows, self.products.size, dtype=self.basis_dtype, device=device)
+        basis = torch.zeros(self.rows, self.products.width, dtype=self.basis_dtype, device=device)
         basis[: self.j + self.width] = tensors["basis"].to(device)
         small = {name: tensors[name].to(device, copy=True) for name in kernel.State._fields if name != "basis"}
         self.state = kernel.State(basis=basis, **small)

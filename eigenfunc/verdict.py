@@ -32,6 +32,7 @@ def conclude(
     bounds = torch.where(passed, bounds.maximum(within), bounds)
     gap = torch.where(passed, gaps(values, bounds, -within), 0.0)
     error = residuals + run.floor()
+    vectors = products.whole(certified.vectors[order.to(products.device)])
     stats = Stats(
         matvecs=products.matvecs,
         verification=run.verification,
@@ -39,7 +40,7 @@ def conclude(
         restarts=run.restarts,
         seconds=time.perf_counter() - begun,
         basis_size=plan.basis_size,
-        basis_bytes=(plan.basis_size + plan.block_size) * products.size * run.basis_dtype.itemsize,
+        basis_bytes=(plan.basis_size + plan.block_size) * products.width * run.basis_dtype.itemsize,
         orthogonality=certified.orthogonality,
         asymmetry=skew,
         norm=run.anorm * products.scale,
@@ -48,7 +49,7 @@ def conclude(
     status, message = _verdict(run, residuals / values.abs(), met, converged, skew, explained, rounds, remedy)
     solution = Solution(
         values=values * products.scale,
-        vectors=tree.unravel(certified.vectors[order.to(products.device)], products.A.like, narrow=False),
+        vectors=tree.unravel(vectors, products.A.like, narrow=False),
         residuals=residuals * products.scale,
         bounds=bounds * products.scale,
         sharp=torch.where(gap > 0, bounds.minimum(error * error / gap + run.floor()), bounds) * products.scale,

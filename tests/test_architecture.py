@@ -15,9 +15,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "_version", "choices"},
     {"tree"},
-    {"scope", "archive", "bridge", "canvas", "checkpoint"},
+    {"scope", "archive", "bridge", "canvas", "checkpoint", "selection"},
     {"objective", "data", "operator", "preconditioners", "records", "budget"},
     {"krylov", "solution", "curvature", "alerts"},
+    {"distributed"},
     {"certificate", "landscape", "overlap", "perturbation", "sampling", "testing"},
     {"plan", "implicit", "funm", "solve"},
     {"completeness", "stochastic"},
