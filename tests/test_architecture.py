@@ -21,11 +21,11 @@ FLOORS = [
     {"certificate", "landscape", "overlap", "perturbation", "testing"},
     {"plan", "implicit", "funm", "solve"},
     {"completeness", "stochastic"},
-    {"thick_restart"},
+    {"thick_restart", "nearby", "trust_region"},
     {"verdict", "endgame"},
     {"block_loop"},
     {"eigsh", "lobpcg", "power_iteration", "subspace_iteration"},
-    {"compat", "demo", "layers", "plot", "problem"},
+    {"compat", "demo", "flatness", "layers", "plot", "problem"},
     {"cli"},
     {"__init__", "__main__"},
 ]
