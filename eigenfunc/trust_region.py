@@ -71,18 +71,19 @@ def peak(A: Any, g: Tree, rho: float, *, top: float, top_vector: Tree, num_steps
         )
         value = float(slope @ offset) + float(offset @ image) / 2
         slack = rho * sum(errors)
-        high = value + slack + _gap(slope + image, offset, sum(errors), max(top, 0.0), rho)
+        high = value + slack + _gap(slope + image, offset, sum(errors), top, rho)
     return Peak(value - slack, high, offset)
 
 
 def _gap(pull: Tensor, offset: Tensor, error: float, top: float, rho: float) -> float:
     """The least of the dual bounds over many multipliers, above the value at `offset`; `pull` is g + A δ."""
     square = float(offset @ offset)
-    begin = max(float(pull @ offset) / square, top) if square > 0 else top
+    edge = max(top, 0.0)
+    begin = max(float(pull @ offset) / square, edge) if square > 0 else edge
     rest = pull - begin * offset
-    unit = max(float(torch.linalg.vector_norm(pull)) / rho, top, 1e-300)
+    unit = max(float(torch.linalg.vector_norm(pull)) / rho, abs(top), 1e-300)
     more = unit * torch.logspace(-15, 4, 400, dtype=torch.float64)
-    mu = torch.cat([top + more, begin + more])
+    mu = torch.cat([edge + more, begin + more])
     beyond = mu - begin
     squares = float(rest @ rest) - 2 * beyond * float(rest @ offset) + beyond**2 * square
     lengths = torch.sqrt(squares.clamp_min(0.0)) + error
@@ -96,6 +97,10 @@ def maximiser(values: Tensor, c: Tensor, rho: float) -> Tensor:
     By bisection of the secular equation ‖(mu − values)⁻¹ c‖ = rho (J. Moré and D. Sorensen, SIAM J. Sci. Stat.
     Comput. 4, 1983); in their hard case the eigenvector of the largest value fills up the length.
     """
+    unit = max(float(values.abs().max()) * rho, float(c.abs().max()))
+    if unit == 0:
+        return torch.zeros_like(c)
+    values, c = values / unit, torch.where(c.abs() > 1e-150 * unit, c / unit, 0.0)  # whose squares are numbers
     top = max(float(values.max()), 0.0)
     gaps = top - values
 

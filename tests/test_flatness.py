@@ -1,0 +1,380 @@
+"""Flatness: against closed forms on quadratics, dense float64 matrices of nets, brute force, and counted intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from eigenfunc import Batches, eigsh, functional_loss, hessian, tree
+from eigenfunc.errors import DataError, InputError
+from eigenfunc.flatness import Flatness, flatness
+from eigenfunc.nearby import Rises, average_sharpness, worst_sharpness
+from eigenfunc.trust_region import maximiser, peak
+from tests.helpers import dense_hessian, plain, rotated, untouched
+
+ONE = torch.zeros(1)
+Loss = Callable[[Any, Any], Tensor]
+
+
+def quadratic(values: list[float], slope: float, seed: int = 0) -> tuple[Loss, Tensor, Tensor, Tensor]:
+    """⟨g, p⟩ + ½ ⟨p, A p⟩ + 1, with its slope, of that length, and its matrix; the point is 0."""
+    A = rotated(torch.tensor(values), seed)
+    g = torch.randn(len(A), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    g = g * slope / g.norm()
+    return lambda p, batch: g @ p + p @ A @ p / 2 + 1 + 0 * batch.sum(), torch.zeros(len(A)).double(), g, A
+
+
+def highest(A: Tensor, g: Tensor, rho: float) -> float:
+    """The maximum of ⟨g, δ⟩ + ½ ⟨δ, A δ⟩ in the ball, as the minimum of its dual (strong duality: S-lemma)."""
+    values, vectors = torch.linalg.eigh(A)
+    c, edge = (vectors.mT @ g).numpy(), max(float(values.max()), 0.0)
+    gaps = edge - values.numpy()
+    start = math.log(max(float(g.norm()) / rho, 1e-3 * edge, 1e-30))
+
+    def dual(log: float) -> float:
+        beyond = math.exp(log)
+        return float((c**2 / (gaps + beyond)).sum()) / 2 + (edge + beyond) * rho**2 / 2
+
+    best: float = minimize_scalar(dual, bounds=(start - 46, start + 2), method="bounded", options={"xatol": 1e-10}).fun
+    return best
+
+
+SPECTRUM = [5.0, 3.0, 1.0, 0.5, 0.2, 0.0, -0.5, -1.0]
+
+
+def net(batch_sizes: int = 11) -> tuple[Any, Any, Batches, nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        inputs, targets = torch.randn(24, 3).double(), torch.randint(0, 2, (24,))
+    loss, params = functional_loss(model, nn.CrossEntropyLoss())
+    pieces = list(zip(inputs.split(batch_sizes), targets.split(batch_sizes), strict=True))
+    return loss, params, Batches(pieces), model, inputs, targets
+
+
+@pytest.mark.parametrize("slope", [0.0, 1e-6, 0.3, 40.0])
+@pytest.mark.parametrize("rho", [0.05, 2.0])
+def test_a_quadratic_loss_has_the_closed_forms(slope: float, rho: float) -> None:
+    loss, params, g, A = quadratic(SPECTRUM, slope)
+    found = flatness(loss, params, ONE, rho=rho, num_samples=64, seed=1)
+    n, top, truth = 8, max(SPECTRUM), highest(A, g, rho)
+    assert abs(found.lambda_max - top) <= found.lambda_bound <= 1e-2
+    assert found.loss == pytest.approx(1)
+    assert found.gradient_norm == pytest.approx(slope, abs=1e-12)
+    assert found.trace.value == pytest.approx(float(A.trace()))  # over n products: exact
+    assert found.mean_curvature.value == pytest.approx(float(A.trace()) / n)
+    assert found.model.low <= truth * (1 + 1e-9) + 1e-15
+    assert truth * (1 - 1e-9) <= found.model.high <= found.model.low + 1e-2 * rho**2
+    assert 0.999 * truth <= found.worst.value <= truth + found.worst.noise + 1e-12
+    one_step = float(loss(rho * g / slope, ONE)) - 1 if slope else 0.0
+    assert found.worst.one_step == pytest.approx(one_step, rel=1e-9, abs=found.worst.noise)
+    low, high = found.average.interval(0.999)
+    assert low <= rho**2 * float(A.trace()) / (2 * (n + 2)) <= high
+    assert found.effective_dimension is None  # of an indefinite matrix
+
+
+def test_gaussian_displacements_and_a_convex_loss() -> None:
+    loss, params, _, A = quadratic([4.0, 2.0, 1.0, 0.1], 0.2)
+    found = flatness(loss, params, ONE, sigma=0.3, delta=0.5, num_samples=400, seed=0)
+    low, high = found.average.interval(0.999)
+    assert low <= 0.3**2 * float(A.trace()) / 2 <= high
+    assert high - low < 0.5 * float(A.trace()) * 0.09
+    assert found.effective_dimension is not None
+    truth = sum(x / (x + 0.5) for x in (4.0, 2.0, 1.0, 0.1))
+    assert found.effective_dimension.value == pytest.approx(truth, rel=1e-9)
+    assert found.dimension_of == "Hessian"
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=6), st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_subspace_problem_is_solved_to_the_dual(values: list[float], data: st.DataObject) -> None:
+    """Feasible, and no lower than what weak duality allows: so both are the maximum. Zeros make hard cases."""
+    entry = st.one_of(st.just(0.0), st.floats(-3, 3), st.floats(-1e-9, 1e-9))
+    c = torch.tensor(data.draw(st.lists(entry, min_size=len(values), max_size=len(values))), dtype=torch.float64)
+    rho = data.draw(st.floats(1e-3, 1e2))
+    theta = torch.tensor(values, dtype=torch.float64)
+    y = maximiser(theta, c, rho)
+    assert float(y.norm()) <= rho * (1 + 1e-12)
+    value = float(c @ y + (theta * y * y).sum() / 2)
+    size = rho * float(c.norm()) + rho**2 * float(theta.abs().max())
+    assert value >= highest(torch.diag(theta), c, rho) - 1e-8 * size - 1e-25
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 1e-9, 1e-2, 1.0, 1e3]), st.sampled_from([1, 3, 12]))
+@settings(max_examples=40, deadline=None)
+def test_the_bracket_of_the_model_holds_the_truth(seed: int, slope: float, num_steps: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(30, generator=g, dtype=torch.float64).tolist()
+    _, _, direction, A = quadratic(values, slope, seed)
+    solution = eigsh(A, 1, which="LA", tol=1e-2, seed=seed)
+    top = float(solution.values[0] + solution.bounds[0])
+    for rho in (1e-2, 1.0, 30.0):
+        found = peak(A, direction, rho, top=top, top_vector=solution.vectors[0], num_steps=num_steps, seed=seed)
+        truth = highest(A, direction, rho)
+        assert found.low <= truth + 1e-9 * abs(truth)
+        assert found.high >= truth - 1e-9 * abs(truth)
+        assert float(found.offset.norm()) <= rho * (1 + 1e-12)
+        taken = float(direction @ found.offset + found.offset @ A @ found.offset / 2)
+        assert found.low <= taken + 1e-12 * abs(truth)
+        if num_steps == 12:
+            assert found.high - found.low <= 0.1 * truth
+
+
+def test_intervals_of_the_average_hold_the_truth_as_often_as_they_say() -> None:
+    loss, params, _, A = quadratic([10.0, 1.0, 1.0, -0.5, 0.1], 3.0)
+    truth = float(A.trace()) / (2 * 7)
+    inside = 0
+    for seed in range(150):
+        low, high = average_sharpness(loss, params, ONE, rho=1.0, num_samples=12, seed=seed).interval(0.95)
+        inside += low <= truth <= high
+    assert 134 <= inside < 150  # binomial(150, 0.95): 142.5 ± 2.7
+
+
+def test_a_net_against_its_dense_matrices() -> None:
+    loss, params, data, model, inputs, targets = net()
+
+    def whole(module: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(module(inputs), targets)
+
+    H = dense_hessian(plain(model, whole), params)
+    found = flatness(loss, params, data, rho=0.2, delta=0.01, num_matvecs=16 * 26, num_samples=128, seed=0)
+    rises = torch.linalg.eigvalsh(H)
+    assert abs(found.lambda_max - float(rises[-1])) <= found.lambda_bound
+    assert found.trace.value == pytest.approx(float(H.trace()), rel=1e-9)
+    jacobian = torch.cat(
+        [
+            torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (inputs,)))(params)[name].flatten(2)
+            for name in sorted(params)
+        ],
+        dim=2,
+    )
+    p = torch.softmax(model(inputs), 1).detach()
+    outer = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    G = torch.einsum("bci,bcd,bdj->ij", jacobian, outer, jacobian).detach() / 24
+    curved = torch.linalg.eigvalsh(G).clamp_min(0)
+    assert found.effective_dimension is not None
+    low, high = found.effective_dimension.interval(0.999)
+    assert low <= float((curved / (curved + 0.01)).sum()) <= high
+    assert found.effective_dimension.stderr < 0.01 * found.effective_dimension.value
+    g = torch.Generator().manual_seed(5)
+    directions = torch.randn(20_000, len(H), generator=g, dtype=torch.float64)
+    directions *= 0.2 * torch.rand(20_000, 1, generator=g).double() ** (1 / len(H)) / directions.norm(dim=1)[:, None]
+    stacked = tree.tree_map(lambda x, d: x + d, params, tree.unravel(directions, params))
+    outputs = torch.func.vmap(lambda p: torch.func.functional_call(model, p, (inputs,)))(stacked)
+    losses = torch.func.vmap(lambda z: nn.functional.cross_entropy(z, targets))(outputs).detach()
+    samples = losses - whole(model).detach()
+    assert abs(float(samples.mean()) - found.average.value) < 4 * math.hypot(
+        float(samples.std()) / math.sqrt(20_000), found.average.stderr
+    )
+    assert found.worst.value >= float(samples.max())
+    assert found.worst.value >= found.worst.one_step > 0
+
+
+def test_the_worst_rise_is_one_that_is_taken_inside_the_ball() -> None:
+    loss, params, data, *_, inputs, targets = net()
+    for rho in (0.1, 3.0):
+        found = worst_sharpness(loss, params, data, rho=rho, seed=0)
+        assert float(found.offset.norm()) <= rho
+        there = tree.tree_map(lambda x, d: x + d, params, tree.unravel(found.offset, params))
+        taken = float(loss(there, (inputs, targets)) - loss(params, (inputs, targets)))
+        assert found.value == pytest.approx(taken, abs=found.noise)
+
+
+def test_worst_rises_in_the_plane_against_a_grid() -> None:
+    """Bumps on a slope: ascent never claims more than there is, and finds the hill that the slope leads up to."""
+
+    def loss(p: Tensor, batch: Tensor) -> Tensor:
+        return torch.sin(3 * p[0]) * torch.cos(2 * p[1]) + 0.5 * p[1] + 0 * batch.sum()
+
+    axis = torch.linspace(-1, 1, 801).double()
+    grid = torch.cartesian_prod(axis, axis)
+    for angle in range(6):
+        params = 2 * torch.tensor([math.cos(angle), math.sin(angle)]).double()
+        for rho in (0.1, 1.0):
+            around = params + rho * grid[grid.norm(dim=1) <= 1]
+            truth = float((torch.sin(3 * around[:, 0]) * torch.cos(2 * around[:, 1]) + 0.5 * around[:, 1]).max())
+            truth -= float(loss(params, ONE))
+            found = worst_sharpness(loss, params, ONE, rho=rho, num_steps=20, seed=0)
+            assert found.value <= truth + 10 * rho * 0.0025
+            if rho == 0.1:
+                assert found.value >= 0.995 * truth
+
+
+def test_maxima_inside_the_ball_are_found_and_none_is_zero() -> None:
+    centre = torch.tensor([0.3, -0.2, 0.1]).double()
+
+    def hill(p: Tensor, batch: Tensor) -> Tensor:
+        return -((p - centre) ** 2).sum() / 2 + 0 * batch.sum()
+
+    found = worst_sharpness(hill, torch.zeros(3).double(), ONE, rho=2.0, num_steps=20, seed=0)
+    assert found.value == pytest.approx(float(centre @ centre) / 2, rel=1e-3)
+    at_the_top = flatness(hill, centre, ONE, rho=0.5, seed=0)
+    assert at_the_top.worst.value == 0
+    assert float(at_the_top.worst.offset.norm()) == 0
+    assert at_the_top.model.low <= 0 <= at_the_top.model.high < 1e-9
+    assert at_the_top.delta is None
+    assert "λmax is not positive" in str(at_the_top)
+    assert at_the_top.average.value < 0
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**40])
+def test_measures_scale_with_the_loss(scale: float) -> None:
+    loss, params, *_ = quadratic(SPECTRUM, 0.3)
+    one = flatness(loss, params, ONE, seed=0)
+    many = flatness(lambda p, batch: scale * loss(p, batch), params, ONE, delta=scale, seed=0)
+    assert many.lambda_max == pytest.approx(scale * one.lambda_max, rel=1e-6)
+    assert many.trace.value == pytest.approx(scale * one.trace.value, rel=1e-6)
+    assert many.worst.value == pytest.approx(scale * one.worst.value, rel=1e-6)
+    assert many.average.value == pytest.approx(scale * one.average.value, rel=1e-6)
+    assert many.model.low == pytest.approx(scale * one.model.low, rel=1e-3)
+    assert many.model.high == pytest.approx(scale * one.model.high, rel=1e-3)
+
+
+def test_the_cut_into_batches_does_not_matter_and_sums_are_sums() -> None:
+    loss, params, data, _, inputs, targets = net()
+    options = {"num_samples": 4, "num_steps": 2, "seed": 0}
+    cut, whole = (flatness(loss, params, x, **options) for x in (data, (inputs, targets)))
+    summed, _ = functional_loss(loss.module, nn.CrossEntropyLoss(reduction="sum"))
+    added = flatness(summed, params, Batches(data.data, reduction="sum"), **options)
+    for other, factor in ((whole, 1.0), (added, 24.0)):
+        assert other.loss == pytest.approx(factor * cut.loss, rel=1e-10)
+        assert other.lambda_max == pytest.approx(factor * cut.lambda_max, rel=1e-6)
+        assert other.worst.value == pytest.approx(factor * cut.worst.value, rel=1e-6)
+        assert other.average.value == pytest.approx(factor * cut.average.value, rel=1e-6)
+
+
+def test_the_noise_of_single_precision_is_measured_and_covers() -> None:
+    """The same net in both precisions, at the same displacements of the same, representable, parameters."""
+    loss, params, data, *_ = net()
+    narrow = tree.tree_map(lambda x: x.float(), params)
+    exact = tree.tree_map(lambda x: x.double(), narrow)
+    small = Batches([(x.float(), y) for x, y in data.data])
+    single = Rises(loss, narrow, small)
+    double = Rises(loss, exact, Batches([(x.double(), y) for x, y in small.data]))
+    g = torch.Generator().manual_seed(0)
+    noise = single.noise(0.05, g)
+    offsets = 0.05 * single.directions(64, g)
+    moved = torch.stack([single.displaced(x) for x in offsets])
+    errors = single(offsets) - double(moved)
+    measured = float(torch.sqrt((errors**2).mean()))
+    assert measured / 4 < noise < 1e3 * measured
+    assert float(errors.abs().max()) < 4 * noise
+    assert double.noise(0.05, g) < 1e-14
+
+
+def test_nothing_of_the_model_changes_and_a_seed_repeats() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)).double()
+        inputs, targets = torch.randn(14, 3).double(), torch.randint(0, 2, (14,))
+    loss, params = functional_loss(model, nn.CrossEntropyLoss())
+    data = Batches(list(zip(inputs.split(10), targets.split(10), strict=True)))
+    with untouched(model):
+        first = flatness(loss, params, data, num_samples=4, num_steps=2, seed=3)
+        again = flatness(loss, params, data, num_samples=4, num_steps=2, seed=3)
+    assert str(first) == str(again)
+    assert first.average.value == again.average.value
+    fresh = flatness(loss, params, data, num_samples=4, num_steps=2)
+    assert flatness(loss, params, data, num_samples=4, num_steps=2, seed=fresh.seed).worst.value == fresh.worst.value
+
+
+def test_one_parameter_and_a_bundle_of_leaves() -> None:
+    single = flatness(lambda p, b: (2 * p**2).sum() + 0 * b.sum(), torch.tensor([0.5]).double(), ONE, rho=0.1, seed=0)
+    assert single.lambda_max == pytest.approx(4)
+    assert single.worst.value == pytest.approx(2 * 0.6**2 - 2 * 0.5**2)
+    params = {"z": torch.ones(3), "a": [torch.ones(2).double(), torch.tensor(2.0)]}
+
+    def loss(p: Any, batch: Tensor) -> Tensor:
+        assert [leaf.dtype for leaf in tree.leaves(p)] == [leaf.dtype for leaf in tree.leaves(params)]
+        return sum((leaf.double() ** 2).sum() for leaf in tree.leaves(p)) + 0 * batch.sum()
+
+    found = flatness(loss, params, ONE, rho=0.3, seed=0)
+    assert found.lambda_max == pytest.approx(2, rel=1e-4)
+    assert found.worst.value == pytest.approx(2 * 3 * 0.3 + 0.09, rel=1e-4)  # ‖p‖ = 3
+
+
+def test_the_table_says_what_bounds_what() -> None:
+    loss, params, data, *_ = net()
+    found = flatness(loss, params, data, seed=0)
+    assert isinstance(found, Flatness)
+    lines = {line.split("  ")[0].strip() or line.strip().split("  ")[0]: line for line in str(found).splitlines()}
+    assert "certified bound" in lines["λmax"]
+    assert "≥" in lines["worst rise, ‖δ‖ ≤ 0.05"]
+    assert "no bound of the loss" in lines["quadratic model"]
+    assert f"{found.lambda_max:.6g}" in lines["λmax"]
+    assert "Gauss–Newton" in lines["effective dimension"]
+
+
+def test_curvature_changes_under_rescaling_and_its_relative_form_does_not() -> None:
+    """docs/flatness.md: ReLU layers scaled by 8 and 1/8, which is the same function (Dinh et al.); ASAM's remedy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False)).double()
+        inputs, targets = torch.randn(30, 3).double(), torch.randint(0, 2, (30,))
+    loss, params = functional_loss(model, nn.CrossEntropyLoss())
+    scaled = {"0.weight": 8 * params["0.weight"], "2.weight": params["2.weight"] / 8}
+    assert float(loss(scaled, (inputs, targets))) == pytest.approx(float(loss(params, (inputs, targets))), rel=1e-12)
+    plainly, relative = [], []
+    for at in (params, scaled):
+        H = hessian(loss, at, (inputs, targets))
+        inverse_squares = {name: 1 / w.detach() ** 2 for name, w in at.items()}
+        plainly.append(float(eigsh(H, 1, which="LA", tol=1e-8, seed=0).values[0]))
+        relative.append(float(eigsh(H.precondition(inverse_squares), 1, which="LA", tol=1e-8, seed=0).values[0]))
+    assert plainly[1] > 10 * plainly[0]
+    assert relative[1] == pytest.approx(relative[0], rel=1e-6)
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "no radius": {"rho": 0.0},
+    "negative": {"rho": -1.0},
+    "endless": {"rho": math.inf},
+    "a flag": {"rho": True},
+    "no spread": {"sigma": 0.0},
+    "delta": {"delta": -0.1},
+    "one sample": {"num_samples": 1},
+    "half a step": {"num_steps": 0.5},
+    "few products": {"num_matvecs": 3},
+    "seed": {"seed": -1},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments_out_of_range_are_refused_before_the_loss_is_called(name: str) -> None:
+    def loss(p: Tensor, batch: Tensor) -> Tensor:
+        raise AssertionError("the loss was called")
+
+    with pytest.raises(InputError):
+        flatness(loss, torch.ones(4).double(), ONE, **BAD[name])
+
+
+def test_displacements_that_drown_in_the_rounding_of_the_parameters_are_refused() -> None:
+    def loss(p: Tensor, batch: Tensor) -> Tensor:
+        raise AssertionError("the loss was called")
+
+    with pytest.raises(InputError, match=r"bfloat16.*wider dtype"):
+        flatness(loss, torch.ones(100).bfloat16(), ONE, rho=0.01)
+    with pytest.raises(InputError, match="float32"):
+        flatness(loss, 1e6 * torch.ones(100), ONE, rho=0.05)
+    with pytest.raises(InputError, match="float32"):
+        flatness(loss, 1e3 * torch.ones(100), ONE, rho=10.0, sigma=1e-7)
+
+
+def test_losses_that_end_nearby_have_no_average_but_a_lower_bound() -> None:
+    def loss(p: Tensor, batch: Tensor) -> Tensor:
+        return -torch.log(1 - p).sum() + 0 * batch.sum()
+
+    params = torch.zeros(2).double()
+    with pytest.raises(DataError, match="no average"):
+        average_sharpness(loss, params, ONE, rho=3.0, seed=0)
+    found = worst_sharpness(loss, params, ONE, rho=2.0, seed=0)
+    assert math.isnan(found.one_step)  # log of a negative number
+    assert math.isfinite(found.value)
+    with pytest.raises(DataError, match="the loss at the parameters"):
+        average_sharpness(lambda p, b: loss(p, b) + math.inf, params, ONE, rho=0.1)
