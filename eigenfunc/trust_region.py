@@ -100,7 +100,7 @@ def maximiser(values: Tensor, c: Tensor, rho: float) -> Tensor:
     unit = max(float(values.abs().max()) * rho, float(c.abs().max()))
     if unit == 0:
         return torch.zeros_like(c)
-    values, c = values / unit, torch.where(c.abs() > 1e-150 * unit, c / unit, 0.0)  # whose squares are numbers
+    values, c = values / unit, torch.where(c.abs() > 1e-50 * unit, c / unit, 0.0)
     top = max(float(values.max()), 0.0)
     gaps = top - values
 
