@@ -15,9 +15,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "_version"},
     {"tree"},
-    {"scope", "archive", "bridge", "canvas"},
+    {"scope", "archive", "bridge", "canvas", "runlog"},
     {"objective", "data", "operator", "preconditioners"},
-    {"krylov", "solution", "curvature"},
+    {"krylov", "solution", "curvature", "courses"},
     {"certificate", "landscape", "overlap", "perturbation", "testing"},
     {"plan", "implicit", "funm", "solve"},
     {"completeness", "stochastic"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"verdict", "endgame"},
     {"block_loop"},
     {"eigsh", "lobpcg", "power_iteration", "subspace_iteration"},
-    {"compat", "demo", "flatness", "layers", "plot", "problem"},
+    {"compat", "demo", "flatness", "layers", "plot", "problem", "report"},
     {"cli"},
     {"__init__", "__main__"},
 ]
