@@ -86,12 +86,16 @@ def stability(run: Run) -> Drawn:
         share = of_limit(record)
         if share is not None:
             points.append((record["step"], share))
-    if not points:
+    if not any(math.isfinite(y) for _, y in points):
         return None
     axes = canvas.new_axes(8, 3.2)
     _line(axes, points, color=UP, lw=1.2, marker="o", ms=3.5)
     axes.axhline(1, color=DOWN, lw=1, ls="--")
-    axes.set_ylim(min(0.0, *(y for _, y in points if math.isfinite(y)), 0.0))
+    heights = [y for _, y in points if math.isfinite(y)]
+    if min(heights) > 0 and max(heights) > 10 * min(heights):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(min(0.0, *heights, 0.0))
     axes.set_ylabel("largest λ / limit")
     return (
         axes,

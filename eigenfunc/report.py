@@ -20,7 +20,7 @@ from eigenfunc.runlog import End, Run, bottom, certified, of_limit, read_run, to
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; } svg { max-width: 100%; height: auto; }
@@ -55,7 +55,8 @@ def write_report(source: str | PathLike[str], target: str | PathLike[str] | None
 def render(run: Run, name: str) -> str:
     """The page, as text. `name` and all that comes out of the log is escaped."""
     title = f"Spectrum of {name}"
-    figures = [_figure(*found) for draw in FIGURES if (found := draw(run)) is not None]
+    steps = [entry["step"] for entry in (*run.records, *run.alerts)]
+    figures = [_figure(*found, steps) for draw in FIGURES if (found := draw(run)) is not None]
     body = [
         f"<h1>{_safe(title)}</h1>",
         f"<p>{_safe(_summary(run))}</p>",
@@ -65,7 +66,8 @@ def render(run: Run, name: str) -> str:
         *figures,
         "<h2>Looks and glances</h2>",
         "<p>A look is certified: λ ± its bound. A glance, and a look that has not converged, knows one side only: "
-        "the largest eigenvalue is at least, the smallest at most, what was seen, up to rounding.</p>",
+        "the largest eigenvalue is at least, the smallest at most, what was seen, up to rounding. The limit is the "
+        "largest eigenvalue that the learning rate allows.</p>",
         _record_table(run.records),
         f"<footer>Made by eigenfunc {__version__}. This file loads nothing.</footer>",
     ]
@@ -121,7 +123,7 @@ def _record_table(records: Sequence[dict[str, Any]]) -> str:
                 _of_end(top(record), "≥"),
                 _of_end(bottom(record), "≤"),
                 f"{sum(map(bool, converged))} of {len(converged)}" if record.get("kind") == "look" else "–",
-                "" if trace is None else f"{trace:.4g}" + ("" if stderr is None else f" (stderr {stderr:.1g})"),
+                "" if trace is None else f"{trace:.4g}" + ("" if stderr is None else f" (stderr {stderr:.2g})"),
                 "" if share is None else f"{share:.3f}",
                 "" if record.get("rate") is None else f"{record['rate']:.4g}",
                 "" if portion is None else f"{portion:.3g}",
@@ -132,7 +134,7 @@ def _record_table(records: Sequence[dict[str, Any]]) -> str:
         )
         open_.append(record.get("kind") == "look" and not certified(record))
     heads = ["step", "kind", "largest λ", "smallest λ", "converged", "trace", "gradient in span", "rate"]
-    heads += ["λ / stability limit", "products", "seconds", "status"]
+    heads += ["λ / limit", "products", "seconds", "status"]
     kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     text = [kept.index(i) for i in (1, 11) if i in kept]
     return _table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows], text=text, open_=open_)
@@ -169,8 +171,10 @@ def _safe(text: str) -> str:
     return html.escape("".join(c if c.isprintable() else " " for c in text))
 
 
-def _figure(axes: Any, words: str) -> str:
-    """The picture as inline SVG, without the parts that point elsewhere."""
+def _figure(axes: Any, words: str, steps: Sequence[int]) -> str:
+    """The picture as inline SVG, without the parts that point elsewhere, over the same steps as the others."""
+    margin = 0.02 * (max(steps) - min(steps)) or 1.0
+    axes.set_xlim(min(steps) - margin, max(steps) + margin)
     axes.grid(color=GRID, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.get_major_locator().set_params(integer=True)

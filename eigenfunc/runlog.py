@@ -76,6 +76,8 @@ def _numeric(entry: dict[str, Any]) -> dict[str, Any]:
     for name in ("trace", "trace_stderr", "gradient_share", "rate", "limit", "seconds", "value", "threshold"):
         if entry.get(name) is not None:
             out[name] = float(entry[name])
+    if any(error < 0 for error in (*out.get("bounds", ()), out.get("trace_stderr") or 0.0)):
+        raise ValueError("a negative bound or error")
     return out
 
 
