@@ -97,10 +97,8 @@ def stability(run: Run) -> Drawn:
     else:
         axes.set_ylim(min(0.0, *heights, 0.0))
     axes.set_ylabel("largest λ / limit")
-    return (
-        axes,
-        "The largest eigenvalue over what the learning rate allows; above the dashed line a quadratic diverges.",
-    )
+    words = "The largest eigenvalue seen, of glances a lower bound, over what the learning rate allows; "
+    return axes, words + "above the dashed line a quadratic diverges."
 
 
 def trace(run: Run) -> Drawn:

@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from eigenfunc import Batches, eigsh, functional_loss, hessian, tree
 from eigenfunc.errors import DataError, InputError
 from eigenfunc.flatness import Flatness, flatness
 from eigenfunc.nearby import Rises, average_sharpness, worst_sharpness
-from eigenfunc.trust_region import maximiser, peak
-from tests.helpers import dense_hessian, plain, rotated, untouched
-
-ONE = torch.zeros(1)
-Loss = Callable[[Any, Any], Tensor]
-
-
-def quadratic(values: list[float], slope: float, seed: int = 0) -> tuple[Loss, Tensor, Tensor, Tensor]:
-    """⟨g, p⟩ + ½ ⟨p, A p⟩ + 1, with its slope, of that length, and its matrix; the point is 0."""
-    A = rotated(torch.tensor(values), seed)
-    g = torch.randn(len(A), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    g = g * slope / g.norm()
-    return lambda p, batch: g @ p + p @ A @ p / 2 + 1 + 0 * batch.sum(), torch.zeros(len(A)).double(), g, A
-
-
-def highest(A: Tensor, g: Tensor, rho: float) -> float:
-    """The maximum of ⟨g, δ⟩ + ½ ⟨δ, A δ⟩ in the ball, as the minimum of its dual (strong duality: S-lemma)."""
-    values, vectors = torch.linalg.eigh(A)
-    c, edge = (vectors.mT @ g).numpy(), max(float(values.max()), 0.0)
-    gaps = edge - values.numpy()
-    start = math.log(max(float(g.norm()) / rho, 1e-3 * edge, 1e-30))
-
-    def dual(log: float) -> float:
-        beyond = math.exp(log)
-        return float((c**2 / (gaps + beyond)).sum()) / 2 + (edge + beyond) * rho**2 / 2
-
-    best: float = minimize_scalar(dual, bounds=(start - 46, start + 2), method="bounded", options={"xatol": 1e-10}).fun
-    return best
-
+from tests.helpers import dense_hessian, plain, untouched
+from tests.test_trust_region import ONE, highest, quadratic
 
 SPECTRUM = [5.0, 3.0, 1.0, 0.5, 0.2, 0.0, -0.5, -1.0]
 
@@ -90,41 +61,6 @@ def test_gaussian_displacements_and_a_convex_loss() -> None:
     truth = sum(x / (x + 0.5) for x in (4.0, 2.0, 1.0, 0.1))
     assert found.effective_dimension.value == pytest.approx(truth, rel=1e-9)
     assert found.dimension_of == "Hessian"
-
-
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=6), st.data())
-@settings(max_examples=100, deadline=None)
-def test_the_subspace_problem_is_solved_to_the_dual(values: list[float], data: st.DataObject) -> None:
-    """Feasible, and no lower than what weak duality allows: so both are the maximum. Zeros make hard cases."""
-    entry = st.one_of(st.just(0.0), st.floats(-3, 3), st.floats(-1e-9, 1e-9))
-    c = torch.tensor(data.draw(st.lists(entry, min_size=len(values), max_size=len(values))), dtype=torch.float64)
-    rho = data.draw(st.floats(1e-3, 1e2))
-    theta = torch.tensor(values, dtype=torch.float64)
-    y = maximiser(theta, c, rho)
-    assert float(y.norm()) <= rho * (1 + 1e-12)
-    value = float(c @ y + (theta * y * y).sum() / 2)
-    size = rho * float(c.norm()) + rho**2 * float(theta.abs().max())
-    assert value >= highest(torch.diag(theta), c, rho) - 1e-8 * size - 1e-25
-
-
-@given(st.integers(0, 10**6), st.sampled_from([0.0, 1e-9, 1e-2, 1.0, 1e3]), st.sampled_from([1, 3, 12]))
-@settings(max_examples=40, deadline=None)
-def test_the_bracket_of_the_model_holds_the_truth(seed: int, slope: float, num_steps: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    values = torch.randn(30, generator=g, dtype=torch.float64).tolist()
-    _, _, direction, A = quadratic(values, slope, seed)
-    solution = eigsh(A, 1, which="LA", tol=1e-2, seed=seed)
-    top = float(solution.values[0] + solution.bounds[0])
-    for rho in (1e-2, 1.0, 30.0):
-        found = peak(A, direction, rho, top=top, top_vector=solution.vectors[0], num_steps=num_steps, seed=seed)
-        truth = highest(A, direction, rho)
-        assert found.low <= truth + 1e-9 * abs(truth)
-        assert found.high >= truth - 1e-9 * abs(truth)
-        assert float(found.offset.norm()) <= rho * (1 + 1e-12)
-        taken = float(direction @ found.offset + found.offset @ A @ found.offset / 2)
-        assert found.low <= taken + 1e-12 * abs(truth)
-        if num_steps == 12:
-            assert found.high - found.low <= 0.1 * truth
 
 
 def test_intervals_of_the_average_hold_the_truth_as_often_as_they_say() -> None:
@@ -312,23 +248,47 @@ def test_the_table_says_what_bounds_what() -> None:
     assert "Gauss–Newton" in lines["effective dimension"]
 
 
-def test_curvature_changes_under_rescaling_and_its_relative_form_does_not() -> None:
-    """docs/flatness.md: ReLU layers scaled by 8 and 1/8, which is the same function (Dinh et al.); ASAM's remedy."""
+def relu_net() -> tuple[Any, list[dict[str, Tensor]], tuple[Tensor, Tensor]]:
+    """A loss, and two points of the same function: the second has its layers scaled by 8 and 1/8."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False)).double()
         inputs, targets = torch.randn(30, 3).double(), torch.randint(0, 2, (30,))
     loss, params = functional_loss(model, nn.CrossEntropyLoss())
-    scaled = {"0.weight": 8 * params["0.weight"], "2.weight": params["2.weight"] / 8}
-    assert float(loss(scaled, (inputs, targets))) == pytest.approx(float(loss(params, (inputs, targets))), rel=1e-12)
+    scaled = {"0.weight": 8 * params["0.weight"].detach(), "2.weight": params["2.weight"].detach() / 8}
+    return loss, [params, scaled], (inputs, targets)
+
+
+def test_plain_measures_change_under_rescaling_and_relative_ones_do_not() -> None:
+    """docs/flatness.md: the same function has any curvature (Dinh et al.), but in units of its weights (ASAM) one."""
+    loss, points, data = relu_net()
     plainly, relative = [], []
-    for at in (params, scaled):
-        H = hessian(loss, at, (inputs, targets))
-        inverse_squares = {name: 1 / w.detach() ** 2 for name, w in at.items()}
-        plainly.append(float(eigsh(H, 1, which="LA", tol=1e-8, seed=0).values[0]))
-        relative.append(float(eigsh(H.precondition(inverse_squares), 1, which="LA", tol=1e-8, seed=0).values[0]))
-    assert plainly[1] > 10 * plainly[0]
-    assert relative[1] == pytest.approx(relative[0], rel=1e-6)
+    for at in points:
+
+        def by_weight(u: Any, batch: Any, at: Any = at) -> Tensor:
+            return loss({name: w.detach() * (1 + u[name]) for name, w in at.items()}, batch)
+
+        plainly.append(flatness(loss, at, data, seed=0, num_steps=4))
+        u = {name: torch.zeros_like(w) for name, w in at.items()}
+        relative.append(flatness(by_weight, u, data, rho=0.3, tol=1e-6, num_steps=4, seed=0))
+    assert plainly[1].loss == pytest.approx(plainly[0].loss, rel=1e-12)
+    assert plainly[1].lambda_max > 10 * plainly[0].lambda_max
+    assert plainly[1].trace.value > 10 * plainly[0].trace.value
+    assert plainly[1].worst.value > 2 * plainly[0].worst.value
+    one, other = relative
+    assert other.lambda_max == pytest.approx(one.lambda_max, rel=1e-6)
+    assert other.trace.value == pytest.approx(one.trace.value, rel=1e-6)
+    assert other.worst.value == pytest.approx(one.worst.value, rel=1e-6)
+    assert other.average.value == pytest.approx(one.average.value, rel=1e-6)
+    H = hessian(loss, points[1], data).precondition({name: 1 / w.detach() ** 2 for name, w in points[1].items()})
+    assert float(eigsh(H, 1, which="LA", tol=1e-6, seed=0).values[0]) == pytest.approx(one.lambda_max, rel=1e-6)
+
+
+def test_the_code_in_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "flatness.md").read_text(encoding="utf-8")
+    with torch.random.fork_rng(devices=[]):
+        exec(text.split("```python\n")[1].split("```")[0], {})
+    assert "worst rise, ‖δ‖ ≤ 0.5" in capsys.readouterr().out
 
 
 BAD: dict[str, dict[str, Any]] = {
