@@ -28,6 +28,11 @@ def _segments(points: Sequence[tuple[int, float]]) -> Iterator[list[tuple[int, f
         yield part
 
 
+def _drawable(size: float) -> bool:
+    """Whether logarithmic axes reach there without an overflow."""
+    return 1e-100 < size < 1e100
+
+
 def _line(axes: Any, points: Sequence[tuple[int, float]], **look: Any) -> None:
     for part in _segments(points):
         axes.plot(*zip(*part, strict=True), **look)
@@ -69,7 +74,7 @@ def eigenvalues(run: Run) -> Drawn:
         axes.scatter(steps, values, zorder=3, label=label, **looks[label], **{key: colours})
     every = [value for found in groups.values() for _, value, *_ in found]
     sizes = [abs(value) for value in every if value != 0]
-    if sizes and max(sizes) > 100 * min(sizes):
+    if sizes and max(sizes) > 100 * min(sizes) and _drawable(max(sizes)):
         unit = 10.0 ** math.floor(math.log10(max(min(sizes), 1e-4 * max(sizes))))
         canvas.signed_log(axes, "y", unit, min(every), max(every), linear=0.25)
     for i, step in enumerate(sorted({alert["step"] for alert in run.alerts})):
@@ -92,7 +97,7 @@ def stability(run: Run) -> Drawn:
     _line(axes, points, color=UP, lw=1.2, marker="o", ms=3.5)
     axes.axhline(1, color=DOWN, lw=1, ls="--")
     heights = [y for _, y in points if math.isfinite(y)]
-    if min(heights) > 0 and max(heights) > 10 * min(heights):
+    if min(heights) > 0 and max(heights) > 10 * min(heights) and _drawable(min(heights)) and _drawable(max(heights)):
         axes.set_yscale("log")
     else:
         axes.set_ylim(min(0.0, *heights, 0.0))
