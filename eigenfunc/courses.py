@@ -102,7 +102,7 @@ def stability(run: Run) -> Drawn:
     else:
         axes.set_ylim(min(0.0, *heights, 0.0))
     axes.set_ylabel("largest λ / limit")
-    words = "The largest eigenvalue seen, of glances a lower bound, over what the learning rate allows; "
+    words = "The largest eigenvalue, a lower bound unless certified, over what the learning rate allows; "
     return axes, words + "above the dashed line a quadratic diverges."
 
 

@@ -84,7 +84,8 @@ def render(run: Run, name: str) -> str:
 def _summary(run: Run) -> str:
     kinds = [record.get("kind") for record in run.records]
     steps = [record["step"] for record in run.records]
-    parts = [f"{kinds.count('look')} looks and {kinds.count('glance')} glances"]
+    looks, glances = kinds.count("look"), kinds.count("glance")
+    parts = [f"{looks} look{'s' * (looks != 1)} and {glances} glance{'s' * (glances != 1)}"]
     if steps:
         parts[0] += f" from step {min(steps):,} to {max(steps):,}"
         matrices = sorted({str(record.get("matrix", "hessian")) for record in run.records})

@@ -114,7 +114,7 @@ def test_the_page_holds_every_line_of_the_log_and_its_figures(tmp_path: Path) ->
     assert column["trace"][:2] == ["20 (stderr 1.5)", ""]
     assert column["status"][-1] == "a parameter holds NaN or infinity"
     assert "smallest λ" not in heads
-    assert "4 looks and 1 glances from step 0 to 40" in page.words
+    assert "4 looks and 1 glance from step 0 to 40" in page.words
     assert "200 products in 2.5 s" in page.words
 
 
