@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from eigenfunc import eigsh
-from eigenfunc.trust_region import maximiser, peak
+from eigenfunc.trust_region import _gap, maximiser, peak
 from tests.helpers import rotated
 
 ONE = torch.zeros(1)
@@ -78,3 +78,17 @@ def test_the_bracket_of_the_model_holds_the_truth(seed: int, slope: float, num_s
         assert found.low <= taken + 1e-12 * abs(truth)
         if num_steps == 12:
             assert found.high - found.low <= 0.1 * truth + 1e-13 * float(A.norm()) * rho**2  # which is rounding
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 1e2]), st.floats(0, 1), st.sampled_from([0.0, -5.0]))
+@settings(max_examples=60, deadline=None)
+def test_the_dual_bound_holds_from_any_point_of_the_ball(seed: int, slope: float, share: float, shift: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(8, generator=g, dtype=torch.float64) + shift
+    _, _, direction, A = quadratic(values.tolist(), slope, seed)
+    offset = torch.randn(8, generator=g, dtype=torch.float64)
+    offset *= share * 0.7 / offset.norm()
+    taken = float(direction @ offset + offset @ A @ offset / 2)
+    truth = highest(A, direction, 0.7)
+    gap = _gap(direction + A @ offset, offset, 0.0, float(values.max()) + 1e-9, 0.7)
+    assert taken + gap >= truth - 1e-9 * max(abs(truth), abs(taken))
