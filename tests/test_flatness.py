@@ -154,9 +154,7 @@ def test_maxima_inside_the_ball_are_found_and_none_is_zero() -> None:
     found = worst_sharpness(hill, torch.zeros(3).double(), ONE, rho=2.0, num_steps=40, seed=0)
     assert found.value == pytest.approx(float(centre @ centre) / 2, rel=1e-6)
     begun = worst_sharpness(hill, torch.zeros(3).double(), ONE, rho=2.0, num_steps=1, starts=[0.999 * centre], seed=0)
-    assert (
-        begun.value >= 0.999 * float(centre @ centre) / 2
-    )  # each step of the one gradient overshoots, and is not taken
+    assert begun.value >= 0.999 * float(centre @ centre) / 2  # all steps overshoot: none is taken
     at_the_top = flatness(hill, centre, ONE, rho=0.5, seed=0)
     assert at_the_top.worst.value == 0
     assert float(at_the_top.worst.offset.norm()) == 0
