@@ -12,6 +12,7 @@ from eigenfunc.distributed.deal import share
 from eigenfunc.distributed.parallel import data_parallel
 from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import EigenfuncError, NotConverged
+from eigenfunc.flatness import Flatness, flatness
 from eigenfunc.funm import FunctionProduct, funm_multiply
 from eigenfunc.implicit import sharpness, top_eigenpairs
 from eigenfunc.krylov.lanczos import Tridiagonal, lanczos
@@ -20,6 +21,7 @@ from eigenfunc.krylov.probes import trace_probes
 from eigenfunc.krylov.quadrature import Quadrature, quadrature
 from eigenfunc.layers import blocks, eigsh_blocks
 from eigenfunc.lobpcg import lobpcg
+from eigenfunc.nearby import average_sharpness, worst_sharpness
 from eigenfunc.objective import Objective, functional_loss
 from eigenfunc.operator import LinearOperator, aslinearoperator
 from eigenfunc.overlap import gradient_overlap, gradient_shares, principal_angles, subspace_overlap
@@ -46,6 +48,7 @@ __all__ = [
     "EigenPairs",
     "EigenfuncError",
     "Estimate",
+    "Flatness",
     "FunctionProduct",
     "LinearOperator",
     "LinearSolution",
@@ -60,6 +63,7 @@ __all__ = [
     "__version__",
     "adam_preconditioner",
     "aslinearoperator",
+    "average_sharpness",
     "blocks",
     "compute_hessian_eigenthings",
     "data_parallel",
@@ -70,6 +74,7 @@ __all__ = [
     "eigsh_streaming",
     "fisher",
     "fishervp",
+    "flatness",
     "frobenius_norm",
     "functional_loss",
     "funm_multiply",
@@ -97,4 +102,5 @@ __all__ = [
     "top_eigenpairs",
     "trace",
     "trace_probes",
+    "worst_sharpness",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `eigenfunc demo`, `run PROBLEM.py`, `density PROBLEM.py`, `layers PROBLEM.py`, `report DIR`."""
+"""The command line: `demo`, `run`, `density` and `layers` of a PROBLEM.py, `report` of a DIR or a RUN.jsonl."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import archive, demo, plot, problem, signals, tree
+from eigenfunc import archive, demo, plot, problem, report, runlog, signals, tree
 from eigenfunc._version import __version__
 from eigenfunc.certificate import seeded
 from eigenfunc.curvature.hessian import hessian
@@ -106,9 +106,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=None)
     for command in (show, run, density, layers):
         command.add_argument("--out", type=Path, default=_OUT, metavar="DIR")
-    saved = commands.add_parser("report", help="the table of a run that was saved, by demo, run or Solution.save")
-    saved.add_argument("folder", type=Path, nargs="?", default=_OUT, metavar="DIR")
-    saved.set_defaults(command=_report, needs=("safetensors",))
+    saved = commands.add_parser(
+        "report",
+        help="the table of a solution that was saved in DIR, by demo, run or Solution.save; "
+        "or the log RUN.jsonl of a tracked training run as a page, RUN.html, that holds everything in itself",
+    )
+    saved.add_argument("source", type=Path, nargs="?", default=_OUT, metavar="DIR or RUN.jsonl")
+    saved.set_defaults(command=_report, needs=())
     return parser
 
 
@@ -217,7 +221,14 @@ def _layers(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    solution = Solution.load(args.folder)
+    if args.source.is_file() or args.source.suffix == ".jsonl":
+        _require(("matplotlib",))
+        run = runlog.read_run(args.source)
+        page = report.write_report(args.source)
+        print(f"{len(run.records)} records and {len(run.alerts)} alerts; wrote {page}")
+        return CONVERGED if run.certified else NOT_CONVERGED
+    _require(("safetensors",))
+    solution = Solution.load(args.source)
     print(solution.table())
     return CONVERGED if solution.success else NOT_CONVERGED
 
