@@ -8,8 +8,11 @@ from eigenfunc.curvature.ggn import ggn, ggnvp
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.curvature.products import hvp
 from eigenfunc.data import Batches
+from eigenfunc.distributed.deal import share
+from eigenfunc.distributed.parallel import data_parallel
 from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import EigenfuncError, NotConverged
+from eigenfunc.flatness import Flatness, flatness
 from eigenfunc.funm import FunctionProduct, funm_multiply
 from eigenfunc.implicit import sharpness, top_eigenpairs
 from eigenfunc.krylov.lanczos import Tridiagonal, lanczos
@@ -18,11 +21,14 @@ from eigenfunc.krylov.probes import trace_probes
 from eigenfunc.krylov.quadrature import Quadrature, quadrature
 from eigenfunc.layers import blocks, eigsh_blocks
 from eigenfunc.lobpcg import lobpcg
+from eigenfunc.nearby import average_sharpness, worst_sharpness
 from eigenfunc.objective import Objective, functional_loss
 from eigenfunc.operator import LinearOperator, aslinearoperator
 from eigenfunc.overlap import gradient_overlap, gradient_shares, principal_angles, subspace_overlap
 from eigenfunc.power_iteration import power_iteration
 from eigenfunc.preconditioners import adam_preconditioner
+from eigenfunc.records import Alert, Record
+from eigenfunc.sampling import sampling_error
 from eigenfunc.solution import EigenPairs, Solution, Status
 from eigenfunc.solve import LinearSolution, solve
 from eigenfunc.stochastic.density import Density, spectral_density
@@ -30,35 +36,45 @@ from eigenfunc.stochastic.diagonal import diagonal
 from eigenfunc.stochastic.estimate import Estimate
 from eigenfunc.stochastic.functions import effective_dimension, logdet, moments
 from eigenfunc.stochastic.trace import frobenius_norm, trace
+from eigenfunc.streaming import eigsh_streaming
 from eigenfunc.subspace_iteration import subspace_iteration
+from eigenfunc.track import SpectrumTracker
 
 __all__ = [
+    "Alert",
     "Batches",
     "Checkpoint",
     "Density",
     "EigenPairs",
     "EigenfuncError",
     "Estimate",
+    "Flatness",
     "FunctionProduct",
     "LinearOperator",
     "LinearSolution",
     "NotConverged",
     "Objective",
     "Quadrature",
+    "Record",
     "Solution",
+    "SpectrumTracker",
     "Status",
     "Tridiagonal",
     "__version__",
     "adam_preconditioner",
     "aslinearoperator",
+    "average_sharpness",
     "blocks",
     "compute_hessian_eigenthings",
+    "data_parallel",
     "diagonal",
     "effective_dimension",
     "eigsh",
     "eigsh_blocks",
+    "eigsh_streaming",
     "fisher",
     "fishervp",
+    "flatness",
     "frobenius_norm",
     "functional_loss",
     "funm_multiply",
@@ -76,6 +92,8 @@ __all__ = [
     "power_iteration",
     "principal_angles",
     "quadrature",
+    "sampling_error",
+    "share",
     "sharpness",
     "solve",
     "spectral_density",
@@ -84,4 +102,5 @@ __all__ = [
     "top_eigenpairs",
     "trace",
     "trace_probes",
+    "worst_sharpness",
 ]

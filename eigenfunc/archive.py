@@ -60,7 +60,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(_strict(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(strict(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error}") from None
@@ -160,11 +160,11 @@ def _built(structure: Any, leaves: list[Tensor]) -> Tree:
     return _BUILDERS[kind](_built(child, leaves) for child in children)
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eigenfunc import scope, storage, tree
+from eigenfunc.distributed.columns import Columns
+from eigenfunc.distributed.team import Group
 from eigenfunc.errors import InputError, NonFiniteError, TransformError
 from eigenfunc.krylov import basis
 from eigenfunc.operator import LinearOperator, MatVec, aslinearoperator
@@ -22,9 +25,12 @@ class Products:
 
     `scale`, a power of two, is 1 unless products of unit vectors are so large or small that their squares leave
     the range of the dtype. `noise` is the relative error of a product, measured by forming one in two ways.
+
+    With a group the stacks are one process's part of them, (p, width): then products are to be formed, and whatever is
+    done with them, inside of `summed`.
     """
 
-    def __init__(self, A: Any) -> None:
+    def __init__(self, A: Any, group: Group = None) -> None:
         if scope.inside_transform():
             raise TransformError(
                 "solvers and estimators read values, which no torch.func transform allows; inside vmap, grad or jvp "
@@ -34,6 +40,8 @@ class Products:
         tree.check_vector_space(A.like, "the operator's `like`")
         self.A: LinearOperator = A
         self.size = A.size
+        self.columns = None if group is None else Columns(A.size, group)
+        self.width = A.size if self.columns is None else self.columns.width  # of a stack
         self.dtype = tree.work_dtype(A.like)
         self.eps = torch.finfo(self.dtype).eps
         self.device = tree.device(A.like)
@@ -43,14 +51,30 @@ class Products:
         self.passes = 0
 
     def __call__(self, block: Tensor) -> Tensor:
-        flat = tree.ravel(self._images(block), self.A.like)
+        flat = self.cut(tree.ravel(self._images(block), self.A.like))
         return flat if self.scale == 1.0 else torch.div(flat, self.scale)
 
     def _images(self, block: Tensor) -> Tree:
         self.matvecs += block.shape[0]
         self.passes += 1
-        vs = tree.unravel(block, self.A.like)
-        return tree.lifted(self.A.matvec(tree.row(vs, 0))) if block.shape[0] == 1 else self.A.matmat(vs)
+        vs = tree.unravel(self.whole(block), self.A.like)
+        with tree.summed(None):
+            return tree.lifted(self.A.matvec(tree.row(vs, 0))) if block.shape[0] == 1 else self.A.matmat(vs)
+
+    def summed(self) -> AbstractContextManager[None]:
+        """Within, inner products of parts are those of whole vectors."""
+        return tree.summed(None if self.columns is None else self.columns.total)
+
+    def agreed(self, seed: int | None) -> int | None:
+        """The seed, that of the first process where there are several."""
+        return seed if self.columns is None else self.columns.agreed(seeded(seed)[1])
+
+    def whole(self, part: Tensor) -> Tensor:
+        """A stack (p, n) of what is held as (p, width)."""
+        return part if self.columns is None else self.columns.whole(part)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        return whole if self.columns is None else self.columns.cut(whole)
 
     def minibatch(self, matvec: MatVec, v: Tensor) -> Tensor:
         """The flat product (n,) with a stand-in for A, one of its mini-batches."""
@@ -59,14 +83,15 @@ class Products:
         return torch.div(flat, self.scale)
 
     def random(self, generator: torch.Generator) -> Tensor:
-        """A unit vector (1, n), uniform on the sphere."""
-        x = torch.randn(1, self.size, generator=generator, dtype=torch.float64).to(self.dtype)
-        return torch.div(x, tree.norm(x)).to(self.device)
+        """A unit vector (1, width), uniform on the sphere."""
+        x = torch.randn(1, self.size, generator=generator, dtype=torch.float64)
+        x /= torch.linalg.vector_norm(x)  # in place: as float64 this is two vectors already
+        return self.cut(x.to(self.dtype).to(self.device))
 
     def calibrate(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two products with one random unit vector: checks their shape, sets `scale`, measures `noise`.
 
-        Returns the vector (1, n) and its image.
+        Returns the vector (1, width) and its image.
         """
         u = self.random(generator)
         image = self.first(u)
@@ -76,7 +101,7 @@ class Products:
         return u, image
 
     def first(self, block: Tensor) -> Tensor:
-        """The first products of a run, with a stack (p, n): checks their shape, sets `scale`."""
+        """The first products of a run, with a stack (p, width): checks their shape, sets `scale`."""
         image = self._images(block)
         tree.check_like(image, self.A.like, "the operator's product", stacked=True)
         flat = tree.ravel(image, self.A.like)
@@ -86,7 +111,7 @@ class Products:
         comfortable = torch.finfo(self.dtype).tiny ** 0.25
         if largest > 0 and not comfortable < largest < 1 / comfortable:
             self.scale = 2.0 ** math.floor(math.log2(largest))
-        return flat / self.scale
+        return self.cut(flat / self.scale)
 
     @property
     def roundoff(self) -> float:
@@ -140,6 +165,8 @@ def certify(products: Products, x: Tensor) -> Certified:
     x = basis.orthonormalise(x)
     image = _images(products, x)
     g = tree.exact_gram(x, image)
+    if not bool(torch.isfinite(g).all()):
+        raise NonFiniteError(non_finite(products.matvecs))
     values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
     turn = u.mT.to(x.device)
     x, image = tree.combine(turn, x), tree.combine(turn, image)
@@ -192,14 +219,14 @@ def unit_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
 
 
 def start_block(v0: Tree | None, block_size: int, products: Products, generator: torch.Generator) -> Tensor:
-    """Orthonormal start vectors (block_size, n): sums of those given, random ones where there are too few.
+    """Orthonormal start vectors (block_size, width): sums of those given, random ones where there are too few.
 
     The i-th given vector joins row i modulo the block size.
     """
     if v0 is None:
-        given = torch.empty(0, products.size, dtype=products.dtype, device=products.device)
+        given = torch.empty(0, products.width, dtype=products.dtype, device=products.device)
     else:
-        given = _given(v0, products)
+        given = products.cut(_given(v0, products))
     rows = []
     for i in range(block_size):
         total = given[i::block_size].sum(0, keepdim=True)
@@ -221,7 +248,9 @@ def _given(v0: Tree, products: Products) -> Tensor:
     stacked = len(leaves) == len(refs) and all(
         isinstance(x, Tensor) and x.ndim == ref.ndim + 1 for x, ref in zip(leaves, refs, strict=True)
     )
-    tree.check_like(v0, like, "v0", stacked=stacked)
+    full = tree.tree_map(lambda leaf: leaf.to(torch.promote_types(leaf.dtype, torch.float32)), like)
+    solved = [getattr(x, "dtype", None) for x in leaves] == [x.dtype for x in tree.leaves(full)]
+    tree.check_like(v0, full if solved else like, "v0", stacked=stacked)  # solutions widen half precision
     if stacked and len(leaves[0]) == 0:
         raise InputError("v0 is a stack of no vectors")
     flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach(), v0), like)

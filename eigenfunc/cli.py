@@ -1,14 +1,17 @@
-"""The command line: `eigenfunc demo`, `run PROBLEM.py`, `density PROBLEM.py`, `layers PROBLEM.py`, `report DIR`."""
+"""The command line: `demo`, `run`, `density` and `layers` of a PROBLEM.py, `report` of a DIR or a RUN.jsonl."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import resource
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +19,30 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import archive, demo, plot, problem, signals, tree
+from eigenfunc import archive, demo, plot, problem, report, runlog, signals, tree
 from eigenfunc._version import __version__
+from eigenfunc.certificate import seeded
 from eigenfunc.curvature.hessian import hessian
+from eigenfunc.distributed.deal import share
+from eigenfunc.distributed.parallel import data_parallel
+from eigenfunc.distributed.team import alone, first, launched
 from eigenfunc.eigsh import eigsh
-from eigenfunc.errors import EigenfuncError, FileError, InputError
+from eigenfunc.errors import DistributedError, EigenfuncError, FileError, InputError
 from eigenfunc.layers import eigsh_blocks
 from eigenfunc.operator import LinearOperator
 from eigenfunc.plan import plan
 from eigenfunc.solution import EigenPairs, Solution
 from eigenfunc.stochastic.density import spectral_density
 
-CONVERGED, NOT_CONVERGED, BAD_INPUT = 0, 3, 2
+CONVERGED, NOT_CONVERGED, BAD_INPUT, LOST = 0, 3, 2, 4
 
 _OUT = Path("eigenfunc-out")
 _SMALLEST = 5  # eigenpairs at the lower end that the demo adds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 all converged, 3 not all converged, 2 bad input, 130 and 143
-    stopped by a signal and saved."""
+    """Run the command line and return its exit code: 0 all converged, 3 not all converged, 2 bad input, 4 another
+    process of the same run failed, died or hangs, 130 and 143 stopped by a signal and saved."""
     try:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or printed the help
@@ -49,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(ended.code or 0)
         except EigenfuncError as error:
             print(f"eigenfunc: {error}", file=sys.stderr)
-            return BAD_INPUT
+            return LOST if isinstance(error, DistributedError) else BAD_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="eigenfunc",
         description="Certified eigenpairs of the Hessian of a PyTorch loss. "
-        "Exit codes: 0 all converged, 3 finished but not all converged, 2 bad input, "
-        "130 and 143 stopped by SIGINT and SIGTERM after saving a checkpoint.",
+        "Exit codes: 0 all converged, 3 finished but not all converged, 2 bad input, 4 another process of the run "
+        "failed, 130 and 143 stopped by SIGINT and SIGTERM after saving a checkpoint; torchrun makes 1 of all but 0.",
     )
     parser.add_argument("--version", action="version", version=f"eigenfunc {__version__}")
     commands = parser.add_subparsers(required=True)
@@ -72,9 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help="start afresh and save the run there, at restarts, every ten minutes, and on SIGINT and SIGTERM, which "
-        "end it with exit codes 130 and 143 (a second one at once); only a file of the same problem is replaced",
+        "end it with exit codes 130 and 143 (a second one at once); only a file of the same problem is replaced; not "
+        "under torchrun",
     )
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
+    wait = "under torchrun, seconds after which a process gives up waiting for another"
+    run.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help=wait)
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
     density = commands.add_parser("density", help="how the eigenvalues of your own model are distributed")
     density.add_argument(
@@ -97,9 +107,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=None)
     for command in (show, run, density, layers):
         command.add_argument("--out", type=Path, default=_OUT, metavar="DIR")
-    saved = commands.add_parser("report", help="the table of a run that was saved, by demo, run or Solution.save")
-    saved.add_argument("folder", type=Path, nargs="?", default=_OUT, metavar="DIR")
-    saved.set_defaults(command=_report, needs=("safetensors",))
+    saved = commands.add_parser(
+        "report",
+        help="the table of a solution that was saved in DIR, by demo, run or Solution.save; "
+        "or the log RUN.jsonl of a tracked training run as a page, RUN.html, that holds everything in itself",
+    )
+    saved.add_argument("source", type=Path, nargs="?", default=_OUT, metavar="DIR or RUN.jsonl")
+    saved.set_defaults(command=_report, needs=())
     return parser
 
 
@@ -145,16 +159,23 @@ def _dense_truth(A: LinearOperator, k: int) -> Tensor:
 def _run(args: argparse.Namespace) -> int:
     if args.resume and args.checkpoint is None:
         raise InputError("--resume needs --checkpoint PATH, the file to go on from")
-    with problem.traced(args.problem):
-        A = _operator(args.problem)
-        wanted: dict[str, Any] = {"which": args.which, "tol": args.tol}
-        if not (args.resume and args.checkpoint.exists()):  # that run has its plan already
-            planned = plan(A, args.k, **wanted)
-            print(planned)
-            wanted["block_size"] = planned.block_size  # as printed: measured again it may come out otherwise
-        with signals.saving(args.checkpoint, args.resume) as checkpoint:
-            solution = eigsh(A, args.k, **wanted, seed=args.seed, progress=True, checkpoint=checkpoint, throw=False)
-    return _finish(args, solution, A, {"problem": str(args.problem)}, {})
+    if args.checkpoint is not None and not alone():
+        raise InputError(
+            "--checkpoint is for one process: each of several would save at times of its own, and the files of a run "
+            "that was killed would not fit together. Leave it out under torchrun"
+        )
+    with launched(args.timeout) as (rank, size), redirect_stdout(io.StringIO()) if rank else nullcontext():
+        with problem.traced(args.problem):
+            A = _operator(args.problem, rank, size)
+            wanted: dict[str, Any] = {"which": args.which, "tol": args.tol}
+            if not (args.resume and args.checkpoint.exists()):  # that run has its plan already
+                planned = plan(A, args.k, **wanted)
+                print(planned)
+                wanted["block_size"] = planned.block_size  # as printed: measured again it may come out otherwise
+            wanted["seed"] = args.seed if size == 1 else first(lambda: seeded(args.seed)[1])
+            with signals.saving(args.checkpoint, args.resume) as checkpoint:
+                solution = eigsh(A, args.k, **wanted, progress=not rank, checkpoint=checkpoint, throw=False)
+        return first(partial(_finish, args, solution, A, {"problem": str(args.problem)}, {}))
 
 
 def _density(args: argparse.Namespace) -> int:
@@ -205,13 +226,28 @@ def _layers(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    solution = Solution.load(args.folder)
+    if args.source.is_file() or args.source.suffix == ".jsonl":
+        _require(("matplotlib",))
+        run = runlog.read_run(args.source)
+        page = report.write_report(args.source)
+        print(f"{len(run.records)} records and {len(run.alerts)} alerts; wrote {page}")
+        return CONVERGED if run.certified else NOT_CONVERGED
+    _require(("safetensors",))
+    solution = Solution.load(args.source)
     print(solution.table())
     return CONVERGED if solution.success else NOT_CONVERGED
 
 
-def _operator(path: Path) -> LinearOperator:
-    A = hessian(*problem.load(path))
+def _operator(path: Path, rank: int = 0, size: int = 1) -> LinearOperator:
+    """The Hessian over the data of all processes, for a command that torchrun spreads or that runs in one."""
+    if size == 1 and not alone():
+        raise InputError("of all commands torchrun spreads `run` alone over its processes; start this one without it")
+    loss, params, data = problem.load(path)
+    if callable(data):
+        data = data(rank, size)
+    elif size > 1:
+        data = share(data, rank, size)
+    A = hessian(loss, params, data) if size == 1 else data_parallel(hessian, loss, params, data)
     print(A.describe())
     return A
 

@@ -10,6 +10,9 @@ of an eigenvector in the vectors grows like the Lanczos polynomials outside the 
 that its share in u must have been tiny, which is improbable for a random u. (J. van Dorsselaer, M. Hochstenbach and H.
 van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, bound the largest eigenvalue in this way.) Nothing is assumed of the
 start vectors of the run, of gaps, or of how well anything has converged.
+
+A run that multiplies blocks proves with c vectors at once, in fewer passes: they are one random vector for I ⊗ B, of
+which each eigenvalue is c-fold. The share of a c-fold eigenspace is tiny only if c independent ones all are.
 """
 
 from __future__ import annotations
@@ -24,16 +27,18 @@ from torch import Tensor
 
 from eigenfunc import tree
 from eigenfunc.certificate import Products, non_finite
+from eigenfunc.chance import escape, together
 from eigenfunc.errors import NonFiniteError
 from eigenfunc.krylov import basis
-from eigenfunc.plan import PROBE, Plan, Side
+from eigenfunc.plan import PROBE, PROBES, Plan, Side
 
 CHANCE = 1e-3  # of overlooking an eigenvalue, on each side
 _WEAK = 1e-4  # coupling² of a Ritz vector over its distance and the size of the wanted values, to be next to nothing
 _HELD = 2**22  # entries of the chain that are held in any case
 TINY = 1e-290  # stands for the rounding of a matrix that is exactly zero
 _STEPS = 8  # limits tried between the residual of the innermost wanted value and its tolerance
-CHAINS = 3  # random vectors whose evidence is put together before giving up
+SHARES = (0.8, 0.1, 0.1)  # of CHANCE: what the first chain may settle, the first two together, and all three
+CHAINS = len(SHARES)  # random vectors whose evidence is put together before giving up
 
 
 class Limits(NamedTuple):
@@ -79,6 +84,7 @@ class Halfway(NamedTuple):
 
     chain: int  # its number
     spent: int  # products so far, of all chains
+    passes: int
     before: list[list[float]]  # by side: the chances that the chains before leave
     alphas: list[float]
     betas: list[float]
@@ -129,19 +135,20 @@ def search(
         _Evidence(side.sign, at, _apart(bridge, own, side.sign), _apart(own, bridge, side.sign), floor)
         for side, at, own in zip(sides, points, bridges, strict=True)
     ]
-    begun, direction = products.matvecs, None
-    chains = (Chain(products, span, bridge, anorm, generator) for _ in range(CHAINS))
+    begun, sweeps, direction = products.matvecs, products.passes, None
+    counts = [min(plan.block_size, PROBES), *[PROBES] * (CHAINS - 1)]
+    chains = (Chain(products, span, bridge, anorm, generator, count) for count in counts)
     if halfway is not None:
         products.matvecs += halfway.spent
-        products.passes += halfway.spent
+        products.passes += halfway.passes
         for part, before in zip(evidence, halfway.before, strict=True):
-            part.before = torch.tensor(before, dtype=torch.float64)
+            part.before, part.rounds = torch.tensor(before, dtype=torch.float64), halfway.chain
     for index, chain in enumerate(chains):
         if halfway is not None and index < halfway.chain:
             continue  # but its random vector is drawn again
         if halfway is not None and index == halfway.chain:
             chain.take(halfway)
-        for _ in chain.steps(partial(_cut, keep, index, begun, evidence)):
+        for _ in chain.steps(partial(_cut, keep, index, begun, sweeps, evidence)):
             spent = products.matvecs - begun
             if chain.length % (1 + chain.length // 16) and spent < most:  # a look costs the cube of the length
                 continue
@@ -160,16 +167,16 @@ def search(
         if any(part.missing for part in evidence) or not wanting or products.matvecs - begun >= most:
             break
         for part in evidence:
-            part.before = part.chances
+            part.pass_on(chain)
     if wanting:
         direction = chain.ritz_vector(next((part for part in wanting if part.missing), wanting[0]).sign)
     beyond = {**UNKNOWN.beyond, **{part.sign: part.limit for part in evidence}}
     return Finding(Limits(beyond, not wanting), direction)
 
 
-def _cut(keep: Keep, index: int, begun: int, evidence: list[_Evidence], chain: Chain) -> None:
-    before = [part.before.tolist() for part in evidence]
-    keep(lambda: chain.halfway(index, chain.products.matvecs - begun, before))
+def _cut(keep: Keep, index: int, begun: int, sweeps: int, evidence: list[_Evidence], chain: Chain) -> None:
+    before, products = [part.before.tolist() for part in evidence], chain.products
+    keep(lambda: chain.halfway(index, products.matvecs - begun, products.passes - sweeps, before))
 
 
 def _apart(a: Tensor, b: Tensor, sign: int) -> float:
@@ -189,12 +196,19 @@ class _Evidence:
         self.tests = points.tests - further
         self.less = float(points.tests[0]) + less + floor
         self.before = torch.ones_like(points.tests)
+        self.rounds = 0
         self.chances = self.before
         self.missing = False
 
     def weigh(self, chain: Chain) -> None:
-        self.chances = self.before * chain.chances(self.tests, self.sign).clamp_max(1.0)
+        product = self.before * chain.chances(self.tests, self.sign).clamp_max(1.0)
+        self.chances = together(product, self.rounds + 1) / SHARES[self.rounds]
         self.missing = chain.outermost(self.sign) > self.less
+
+    def pass_on(self, chain: Chain) -> None:
+        """The product of the chances so far goes into the evidence of the next chain."""
+        self.before = self.before * chain.chances(self.tests, self.sign).clamp_max(1.0)
+        self.rounds += 1
 
     def drowned(self, chain: Chain) -> bool:
         """Whether the chain goes no further for the rounding of its products."""
@@ -232,8 +246,8 @@ def _points(plan: Plan, side: Side, wanted: Tensor, slack: Tensor) -> Points:
 
 
 class Chain:
-    """Lanczos on B(λ) from a random vector. It needs three vectors at a time; more are held, to be orthogonal to them
-    and for a Ritz vector: the first few, or all where that costs nothing."""
+    """Lanczos on I ⊗ B(λ) from `count` random vectors, taken as one. It needs three such blocks at a time; more are
+    held, to be orthogonal to them and for a Ritz vector: the first few, or all where that costs nothing."""
 
     def __init__(
         self,
@@ -242,6 +256,7 @@ class Chain:
         bridge: Tensor,
         anorm: float,
         generator: torch.Generator,
+        count: int = 1,
     ) -> None:
         self.products = products
         self.span = span
@@ -250,13 +265,16 @@ class Chain:
         self.least = 10 * products.eps * anorm
         self.mix = (span.s @ span.s.mT).to(span.vectors.device)
         self.size = products.size - len(span.theta)
-        self.room = max(PROBE, _HELD // products.size)
-        self.rows = basis.allocate(span.vectors, self.room)  # on disk where those are
+        self.count = count
+        self.room = max(PROBE, _HELD // (count * products.size))
+        rows = basis.allocate(span.vectors, self.room * count)  # on disk where those are
+        self.rows = rows.reshape(self.room, count * products.width)
         self.held = self.rows[:0]
-        start = products.random(generator)
+        start = torch.cat([products.random(generator) for _ in range(count)])
         for _ in range(3):
             start = self._outside(start)
-            start = start / float(tree.norm(start))
+            start = start / tree.norms(start)[:, None].to(start.dtype)
+        start = start / math.sqrt(count)
         self.previous, self.q = torch.zeros_like(start), start
         self.alphas: list[float] = []
         self.betas: list[float] = []
@@ -265,16 +283,17 @@ class Chain:
     def length(self) -> int:
         return len(self.alphas)
 
-    def halfway(self, index: int, spent: int, before: list[list[float]]) -> Halfway:
-        vectors = torch.cat([self.held, self.previous, self.q])
-        return Halfway(index, spent, before, list(self.alphas), list(self.betas), vectors)
+    def halfway(self, index: int, spent: int, passes: int, before: list[list[float]]) -> Halfway:
+        vectors = torch.cat([self.held, self.previous.reshape(1, -1), self.q.reshape(1, -1)])
+        return Halfway(index, spent, passes, before, list(self.alphas), list(self.betas), vectors)
 
     def take(self, halfway: Halfway) -> None:
         """Go on from there, with the same start vector."""
         self.alphas, self.betas = list(halfway.alphas), list(halfway.betas)
         parts = torch.split(halfway.vectors, [len(halfway.vectors) - 2, 1, 1])
         self._hold(parts[0])
-        self.previous, self.q = (part.clone() for part in parts[1:])  # aligned in memory as before, for BLAS
+        pair = (part.clone() for part in parts[1:])  # aligned in memory as before, for BLAS
+        self.previous, self.q = (part.reshape(self.count, -1) for part in pair)
 
     def _hold(self, vectors: Tensor) -> None:
         count = len(self.held)
@@ -301,7 +320,7 @@ class Chain:
             if not math.isfinite(alpha + beta):
                 raise NonFiniteError(non_finite(self.products.matvecs))
             if self.length < self.room:
-                self._hold(q)
+                self._hold(q.reshape(1, -1))
             self.alphas.append(alpha)
             self.betas.append(beta if beta > self.least and self.length < self.size else 0.0)
             if self.betas[-1] > 0:
@@ -313,7 +332,8 @@ class Chain:
         v = self.span.vectors
         w = basis.subtract(w, self.mix @ tree.gram(v, w), v)
         if len(self.held) and self.room > PROBE:
-            w = basis.subtract(w, tree.gram(self.held, w), self.held)
+            flat = w.reshape(1, -1)
+            w = basis.subtract(flat, tree.gram(self.held, flat), self.held).reshape(w.shape)
         return w
 
     def _projected(self, length: int) -> tuple[Tensor, Tensor]:
@@ -333,17 +353,21 @@ class Chain:
     def ritz_vector(self, sign: int) -> Tensor:
         values, vectors = self._projected(len(self.held))
         weights = vectors[:, int(torch.argmax(sign * values))]
-        total: Tensor = tree.combine(weights[None].to(self.held.device), self.held)
-        return total
+        block: Tensor = tree.combine(weights[None].to(self.held.device), self.held).reshape(self.count, -1)
+        if self.count > 1:  # close to a multiple of one eigenvector in each row
+            block = tree.combine(torch.linalg.eigh(tree.exact_gram(block, block))[1][:, -1:].mT, block)
+        return block
 
     def chances(self, points: Tensor, sign: int, *, rounding: float = 1.0) -> Tensor:
         """(p,) bounds of the probability that an eigenvalue beyond each point escapes the chain so far.
 
         An eigenvector has shares c with K c = f, K = [T − λ, β e], |f| the rounding of the products, |c| bounded;
-        the largest share in the start vector that this allows is δ, and a random unit vector in N dimensions has a
-        share below δ with probability at most δ √(2N/π).
+        the largest share in the start vector that this allows is δ, and `escape` the chance of less.
         """
         m = self.length
+        if m == self.size:  # nothing is left to chance: the Ritz values are all that there is, up to rounding
+            known = points > self.outermost(sign) + 2 * math.sqrt(m) * self.rounding
+            return torch.where(known, 0.0, torch.inf).to(points.dtype)
         rounding = max(rounding * self.rounding * math.sqrt(m / self.products.size), 1e-300)
         k = torch.zeros(m, m + 1, dtype=torch.float64)
         k.diagonal().copy_(torch.tensor(self.alphas, dtype=torch.float64))
@@ -356,5 +380,5 @@ class Chain:
         r = torch.linalg.qr(torch.cat([k, size.expand(len(points), -1, -1)], dim=1)).R
         first = torch.eye(m + 1, 1, dtype=torch.float64).expand(len(points), -1, -1)
         share = 3**0.5 * torch.linalg.vector_norm(torch.linalg.solve_triangular(r.mT, first, upper=False), dim=(1, 2))
-        chances = share * math.sqrt(2 * self.size / math.pi)
+        chances = escape(share, self.count, self.size)
         return torch.where(points > self.outermost(sign), chances, torch.inf)

@@ -258,6 +258,17 @@ def _samples(batch: Any) -> int | str:
     return int(sizes.pop())
 
 
+def head(batch: Any, share: float) -> Any:
+    """The first samples of a batch, that share of them and at least one; the batch itself if it cannot be cut."""
+    count = _samples(batch)
+    if isinstance(count, str):
+        return batch
+    try:
+        return next(_pieces(batch, max(1, round(share * count))))
+    except DataError:
+        return batch
+
+
 def _pieces(batch: Any, size: int) -> Iterator[Any]:
     count = _samples(batch)
     if isinstance(count, str):

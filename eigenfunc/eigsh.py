@@ -7,12 +7,12 @@ import time
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from eigenfunc import endgame, resume, scope
 from eigenfunc.certificate import Products, seeded, start_block
 from eigenfunc.checkpoint import Checkpoint, Saved
+from eigenfunc.distributed.team import Group
 from eigenfunc.plan import ends, plan as planned
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
@@ -37,6 +37,7 @@ def eigsh(
     memory_budget: int | None = None,
     max_matvecs: int | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    group: Group = None,
     progress: bool = False,
     throw: bool = True,
 ) -> Solution:
@@ -65,14 +66,18 @@ def eigsh(
                 as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
     checkpoint  a file, or a `Checkpoint`, which says more of it: the run is saved there, and where the same call finds
                 the file it goes on from it, to the same result bit for bit
+    group       processes of torch.distributed, each of which calls this with the same arguments (but no checkpoint) and
+                the same operator, of `data_parallel` say, and keeps its part of the basis. A product gathers the whole
+                vector from them, an inner product is a sum over them; the seed is that of the first
     throw       raise `NotConverged`, which carries the solution, unless every pair converged
 
-    Memory: basis_size + block_size vectors, and about 5k more at the end. Before pairs are called converged, the
-    eigenvalues beyond them are counted: by Sylvester's law of inertia from what was multiplied, and by a Lanczos chain
-    from a random vector for the rest. Whatever the spectrum and the start vector, the chance that an eigenvalue beyond
-    the tolerance of the last wanted one escapes is at most one in a thousand on each side; `bounds` are widened by
-    what could not be excluded. Residuals come from fresh products. There is no `sigma`: values inside the spectrum
-    need the inverse of A − σ, which products alone do not give at a fair price.
+    Memory: basis_size + block_size vectors, and about 5k more at the end; with a group that over its size, beside a few
+    whole vectors and the k that are returned. Before pairs are called converged, the eigenvalues beyond them are
+    counted: by Sylvester's law of inertia from what was multiplied, and by a Lanczos chain from a random vector for the
+    rest. Whatever the spectrum and the start vector, the chance that an eigenvalue beyond the tolerance of the last
+    wanted one escapes is at most one in a thousand on each side; `bounds` are widened by what could not be excluded.
+    Residuals come from fresh products. There is no `sigma`: values inside the spectrum need the inverse of A − σ, which
+    products alone do not give at a fair price.
 
     Raises `InputError` for arguments out of range, `BudgetError` where nothing fits into the budget, `StorageError`
     where the disk does not take the basis, `TreeError` for a `v0` of another structure, `NonFiniteError`
@@ -83,9 +88,8 @@ def eigsh(
     Appl. 22 (2000).
     """
     begun = time.perf_counter()
-    products = Products(A)
-    asked: resume.Asked = {"which": which, "k": ends(k, which), "tol": tol}
-    asked |= {} if memory_budget is not None else {"basis_dtype": str(basis_dtype)}
+    products, given = Products(A, group), {} if memory_budget is not None else {"basis_dtype": str(basis_dtype)}
+    asked: resume.Asked = {"which": which, "k": ends(k, which), "tol": tol, **given}
     store, old = resume.opened(checkpoint, products, asked)
     if old is not None:
         basis_size, block_size, seed = resume.defaults(old, basis_size, block_size, seed)
@@ -93,12 +97,11 @@ def eigsh(
     sizes: dict[str, Any] = {"basis_size": basis_size, "block_size": block_size, "max_matvecs": max_matvecs}
     sizes |= {"basis_dtype": basis_dtype, "basis_path": basis_path, "memory_budget": memory_budget}
     plan = planned(products.A, k, which=which, tol=tol, **sizes)
-    generator, seed = seeded(seed)
-    asked |= {name: getattr(plan, name) for name in ("basis_size", "block_size")}
-    asked |= {"basis_dtype": str(plan.basis_dtype), "seed": seed}
+    generator, seed = seeded(products.agreed(seed))
+    asked |= {name: getattr(plan, name) for name in ("basis_size", "block_size")} | {"seed": seed}
+    asked["basis_dtype"] = str(plan.basis_dtype)
     saving = None if store is None else _Saving(store, old, asked)
-    given = None if v0 is None else start_block(v0, plan.block_size, products, generator)
-    return _solve(Run(plan, products, generator, None, plan.basis_dtype), given, saving, progress, begun, seed, throw)
+    return _solve(Run(plan, products, generator, None, plan.basis_dtype), v0, saving, progress, begun, seed, throw)
 
 
 class _Saving(NamedTuple):
@@ -110,10 +113,11 @@ class _Saving(NamedTuple):
 
 
 def _solve(
-    run: Run, given: Tensor | None, saving: _Saving | None, progress: bool, begun: float, seed: int, throw: bool
+    run: Run, v0: Tree | None, saving: _Saving | None, progress: bool, begun: float, seed: int, throw: bool
 ) -> Solution:
     plan = run.plan
     with (
+        run.products.summed(),
         scope.full_precision(run.products.device),
         torch.no_grad(),
         tqdm(
@@ -126,16 +130,17 @@ def _solve(
     ):
         run.bar = bar if progress else None
         if saving is None:
-            _start(run, given)
+            _start(run, v0)
         else:
             store, old, asked = saving
-            witness = _start(run, given) if old is None else resume.restore(store, old, run, asked)
+            witness = _start(run, v0) if old is None else resume.restore(store, old, run, asked)
             run.journal = resume.journal(store, run, asked, witness, begun)
         return _finish(run, plan.basis_dtype is not None, seed=seed, begun=begun, throw=throw)
 
 
-def _start(run: Run, given: Tensor | None) -> resume.Witness:
-    """From the block that was given, or a random one; a single vector is the one that was calibrated with."""
+def _start(run: Run, v0: Tree | None) -> resume.Witness:
+    """From the vectors that were given, or random ones; a single one is that which was calibrated with."""
+    given = None if v0 is None else start_block(v0, run.plan.block_size, run.products, run.generator)
     drawn = run.generator.get_state()
     tried, image = run.products.calibrate(run.generator)
     if given is None and run.plan.block_size == 1:

@@ -57,6 +57,10 @@ class NotConverged(EigenfuncError, RuntimeError):
         self.solution = solution
 
 
+class DistributedError(EigenfuncError, RuntimeError):
+    """Another process failed, died or does not answer, or the processes no longer do the same."""
+
+
 class CheckpointError(EigenfuncError, RuntimeError):
     """A checkpoint cannot be used: torn, corrupted, of another problem or another version, or not to be written."""
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import tree
+from eigenfunc import scope, tree
 from eigenfunc.curvature.products import Loss
 from eigenfunc.errors import InputError, TransformError
 from eigenfunc.krylov import basis as vectors
@@ -48,19 +48,22 @@ def top_eigenpairs(
     which only derivatives of vectors and second derivatives need.
 
     The third derivatives of the loss that this takes are torch's own, except where they are known to be wrong or
-    missing (layer and batch norms, determinants, `solve`, …): elementary operations stand in there. Not under
-    `torch.compile`.
+    missing (layer and batch norms, determinants, `solve`, …): elementary operations stand in there.
+
+    Under `torch.compile(fullgraph=True)` without derivatives; `sharpness` has first ones there, and none of the pairs
+    has a second.
 
     Within a cluster vectors are not functions of the matrix. Pairs closer than rounding can tell are left out of each
     other's derivative: that of a sum over the whole cluster (of values, or of v vᵀ) is right, that of a single vector
     is the part that leaves the cluster. So take k such that no cluster is cut.
 
     Raises `TreeError` where `v0` does not match, `InputError` for counts out of range, `TransformError` where the loss
-    closes over a tensor that torch.func differentiates by, and inside two nested jvp, where torch would drop a tangent
-    (take grad∘jvp or jvp∘grad).
+    closes over a tensor that torch.func differentiates by, inside two nested jvp, where torch would drop a tangent
+    (take grad∘jvp or jvp∘grad), and for what has no derivative under torch.compile, whose own error then names it.
     """
     _check(params, k, num_steps, v0)
     problem, theta = over(loss, params, batch, num_trips or 2 * num_steps)
+    _check_derivatives(theta, 0)
     fixed = [x.detach() for x in theta]
     found = _solve(problem, fixed, v0, k, num_steps)
     image = _constant(problem.products(fixed, found.vectors))
@@ -80,9 +83,13 @@ def sharpness(
 
     Its gradient evaluates the loss once more, in the time of two to four products, in memory that does not depend on
     `num_steps`. For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many subgradients.
+
+    Under `torch.compile(fullgraph=True)` too, with first derivatives, by the batch and by what the loss closes over
+    as well; second ones raise `TransformError`, or come out as NaN where they are asked for by `backward()`.
     """
     _check(params, 1, num_steps, v0)
     problem, theta = over(loss, params, batch, num_trips or 2 * num_steps)
+    _check_derivatives(theta, 1)
     found = _solve(problem, [x.detach() for x in theta], v0, 1, num_steps)
     values = values_at(problem, found.values, found.vectors, theta)
     return torch.where(found.held[0], values[0], torch.nan)
@@ -97,22 +104,28 @@ def _check(params: Tree, k: int, num_steps: int, v0: Tree) -> None:
             f"k={k} pairs from num_steps={num_steps} steps of width {width} for {tree.size(params)} parameters: k lies "
             "between 1 and the smaller of steps times width and the number of parameters"
         )
-    if _jvp_levels() > 1:
+
+
+def _check_derivatives(theta: Leaves, order: int) -> None:
+    """Refuse what torch drops in silence: the outer of two jvp, and under the compiler derivatives beyond `order`."""
+    if scope.jvp_levels() > 1:
         raise TransformError(
             "eigenpairs inside two nested torch.func.jvp (or jacfwd): torch drops the outer tangent there without a "
             "word; take grad(jvp(...)) or jvp(grad(...)) for second derivatives"
+        )
+    if not torch.compiler.is_compiling():
+        return
+    tracked = order == 0 and torch.is_grad_enabled() and any(x.requires_grad for x in theta)
+    if tracked or scope.derivative_levels() > order:
+        raise TransformError(
+            "under torch.compile sharpness can be differentiated once, and eigenpairs cannot: detach what requires "
+            "grad, or leave the derivative out of what is compiled"
         )
 
 
 def _stacked(v0: Tree, params: Tree) -> bool:
     ours, theirs = tree.leaves(v0), tree.leaves(params)
     return bool(ours) and isinstance(ours[0], Tensor) and ours[0].ndim == theirs[0].ndim + 1
-
-
-def _jvp_levels() -> int:
-    functorch: Any = torch._C._functorch
-    levels = functorch.get_interpreter_stack() or []
-    return sum(level.key() == functorch.TransformType.Jvp for level in levels)
 
 
 class _Found(NamedTuple):
@@ -174,6 +187,8 @@ _CLOSED = (
 
 def _constant(image: Stack) -> Stack:
     """The image of detached tensors, detached; `TransformError` if torch.func follows it all the same."""
+    if torch.compiler.is_compiling():
+        return [leaf.detach() for leaf in image]
     functorch: Any = torch._C._functorch
     for leaf in image:
         inner = leaf

@@ -20,8 +20,9 @@ from eigenfunc.curvature.hessian import hessian
 from eigenfunc.eigsh import Which, eigsh
 from eigenfunc.errors import NotConverged, TransformError
 from eigenfunc.operator import LinearOperator, Part, aslinearoperator
+from eigenfunc.selection import By, grouped
 from eigenfunc.solution import Solution
-from eigenfunc.tree import By, Tree
+from eigenfunc.tree import Tree
 
 Count = int | tuple[int, int]
 Multiply = Callable[[Part], list[Tensor]]
@@ -83,7 +84,7 @@ def eigsh_blocks(
         raise TransformError("eigsh_blocks reads values, which no torch.func transform allows; call it outside")
     A = aslinearoperator(A)
     tree.check_vector_space(A.like, "the operator's `like`")
-    groups = tree.grouped(A.like, by, "by")
+    groups = grouped(A.like, by, "by")
     seed = seeded(seed)[1]
     device = tree.device(A.like)
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from eigenfunc import scope, tree
 from eigenfunc.errors import InputError, ObjectiveError
-from eigenfunc.tree import Select
+from eigenfunc.selection import Select, chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +171,32 @@ def _slots(module: nn.Module, kind: str) -> list[tuple[Tensor, list[str]]]:
     return list(slots.values())
 
 
+def _refuse_wrapped(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Modules whose forward pass talks to other processes, found by name: not every torch has them all."""
+    for path, part in model.named_modules():
+        kinds = {kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("torch.")}
+        if "DistributedDataParallel" in kinds:
+            raise ObjectiveError(
+                f"{path or 'the model'} is wrapped in DistributedDataParallel, which sums gradients over processes, "
+                "and no products: they would be those of this process's batches alone. Pass model.module; then "
+                "data_parallel(hessian, loss, params, data) is the matrix over the data of all processes, and "
+                "hessian(...) that over this one's"
+            )
+        if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
+            raise ObjectiveError(f"{path or 'the model'} is an FSDP module, {_SHARDED}")
+    for name, tensor in parameters.items():
+        if tree.is_sharded(tensor):
+            raise ObjectiveError(f"parameter '{name}' is a DTensor, {_SHARDED}")
+
+
+_SHARDED = (
+    "whose parts on several processes cannot be swapped or differentiated twice. Take the loss from the same "
+    "architecture without wrappers, loss, _ = functional_loss(plain_model, criterion), and the values from this one, "
+    "params = {name: p.full_tensor() for name, p in model.named_parameters()} in the names of plain_model; every "
+    "process then holds all parameters, and data_parallel(hessian, loss, params, data) deals out the batches"
+)
+
+
 def functional_loss(
     model: nn.Module,
     criterion: Callable[[Any, Any], Tensor] | None = None,
@@ -204,6 +230,7 @@ def functional_loss(
             "would come out as zero; use the original nn.Module"
         )
     own = {slots[0]: tensor for tensor, slots in _slots(model, "_parameters")}
+    _refuse_wrapped(model, own)
     if select is None:
         picked = [name for name in own if own[name].requires_grad]
         if not picked:
@@ -211,7 +238,7 @@ def functional_loss(
                 "the model has no parameter that requires grad; name the ones to differentiate by with select="
             )
     else:
-        picked = tree.chosen(list(own), select, "select")
+        picked = chosen(list(own), select, "select")
     for name in picked:
         if isinstance(own[name], nn.parameter.UninitializedParameter):
             raise ObjectiveError(f"parameter '{name}' is not initialised yet: run one batch through the model first")

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigenfunc import bridge, scope, tree
+from eigenfunc import bridge, scope, selection, tree
 from eigenfunc.choices import NO_CHOICES, Choices, both
 from eigenfunc.errors import InputError, TreeError
-from eigenfunc.tree import By, Select, Tree
+from eigenfunc.tree import Tree
 
 MatVec = Callable[[Tree], Tree]
 Part = tuple[tuple[int, ...], list[Tensor]]  # which leaves, and a stack of vectors (p, *leaf) on them
@@ -213,11 +213,12 @@ class LinearOperator:
     def deflate(self, pairs: Any) -> LinearOperator:
         """A − Σ λ_i v_i v_iᵀ for `pairs` with `values` (k,) and orthonormal `vectors` (k, *leaf): a Solution, say."""
         values, vectors = pairs.values, pairs.vectors
-        tree.check_like(vectors, self.like, "pairs.vectors", stacked=True)
+        tree.check_like(vectors, self.like, "pairs.vectors", stacked=True, dtypes=False)
 
         def remove(products: Tree, vs: Tree) -> Tree:
             weights = tree.gram(vs, vectors)
-            return tree.sub(products, tree.combine(weights * values.to(weights), vectors))
+            found = tree.combine(weights * values.to(weights), vectors)
+            return tree.tree_map(lambda leaf, part: (leaf - part).to(leaf.dtype), products, found)
 
         def single(matvec: MatVec) -> MatVec:
             def product(v: Tree) -> Tree:
@@ -232,7 +233,7 @@ class LinearOperator:
             stacked=lambda vs: remove(self._matmat(vs), vs),
         )
 
-    def restrict(self, select: Select) -> LinearOperator:
+    def restrict(self, select: selection.Select) -> LinearOperator:
         """The principal block of A on some leaves; its vectors are dicts from leaf name to tensor.
 
         `select` is a predicate on names, a glob pattern, a name or a dotted prefix, or a list of those. A product of
@@ -241,7 +242,7 @@ class LinearOperator:
         leaves have the same dotted name.
         """
         labels, refs, rebuild = tree.names(self.like), *tree.flatten(self.like)
-        picked = set(tree.chosen(labels, select, "restrict"))
+        picked = set(selection.chosen(labels, select, "restrict"))
         if doubled := next((name for name in labels if name in picked and labels.count(name) > 1), None):
             raise TreeError(f"restrict: two leaves are called '{doubled}', so that it does not say which is meant")
         by_name = dict(zip(labels, refs, strict=True))
@@ -282,7 +283,7 @@ class LinearOperator:
             kept_bytes=self.kept_bytes,
         )
 
-    def blocks(self, by: By = "module") -> dict[str, LinearOperator]:
+    def blocks(self, by: selection.By = "module") -> dict[str, LinearOperator]:
         """The principal blocks of A on groups of leaves, by group in the order of the leaves: see `restrict`.
 
         by   "module", one block a module (the dotted prefix of its parameters' names); "parameter"; a function from a
@@ -291,7 +292,7 @@ class LinearOperator:
 
         Raises `InputError` where `by` is none of these or a selection selects nothing.
         """
-        groups = tree.grouped(self.like, by, "by")
+        groups = selection.grouped(self.like, by, "by")
         return {group: self.restrict(set(members).__contains__) for group, members in groups.items()}
 
     def to_dense(self, *, chunk: int = 128) -> Tensor:
@@ -302,11 +303,10 @@ class LinearOperator:
                 f"a dense matrix of size {n} takes {tree.gibibytes(n * n * dtype.itemsize)}, "
                 f"over the limit of {tree.gibibytes(_DENSE_LIMIT)}; restrict the operator or use eigsh"
             )
-        device = tree.device(self.like)
-        out = torch.empty(n, n, dtype=dtype, device=device)
+        out = torch.empty(n, n, dtype=dtype, device=tree.device(self.like))
         for start in range(0, n, chunk):
-            unit = torch.zeros(min(chunk, n - start), n, dtype=dtype, device=device)
-            unit[torch.arange(len(unit)), start + torch.arange(len(unit))] = 1
+            unit = out.new_zeros(min(chunk, n - start), n)
+            unit.diagonal(start).fill_(1)
             out[start : start + chunk] = tree.ravel(self._matmat(tree.unravel(unit, self.like)), self.like)
         return out
 
@@ -366,8 +366,7 @@ def _dense(A: Tensor, like: Tree | None) -> LinearOperator:
     A = A.detach()
     if not torch.isfinite(A).all():
         raise InputError("the matrix holds NaN or infinity")
-    largest = A.abs().max()
-    skew = (A - A.mT).abs().max()
+    largest, skew = A.abs().max(), (A - A.mT).abs().max()
     if skew > 100 * torch.finfo(A.dtype).eps * largest:
         raise InputError(
             f"the matrix is not symmetric: max |A - Aᵀ| = {skew:.3g}, max |A| = {largest:.3g}; use (A + Aᵀ)/2 if meant"

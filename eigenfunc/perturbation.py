@@ -32,13 +32,21 @@ Stack = list[Tensor]  # a stack of vectors, as the list of its leaves
 
 
 def values_at(problem: Problem, values: Tensor, rows: Stack, theta: Leaves) -> Tensor:
-    """The eigenvalues (k,) as a function of θ, for the pairs (k,), (k, *leaf) at θ."""
+    """The eigenvalues (k,) as a function of θ, for the pairs (k,), (k, *leaf) at θ.
+
+    The compiler takes no custom function that has a forward derivative. It is given ⟨v, H(θ) v⟩ with v held fixed,
+    whose first derivative is right; the second, which is not, is made NaN by the power 3/2 of zero.
+    """
+    if torch.compiler.is_compiling():
+        form = tree.dots(rows, problem.products(theta, rows))
+        change = form - form.detach()
+        return values + change + torch.pow(change, 1.5)
     return _call(_Values(problem), values, *rows, *theta)[0]
 
 
 def vectors_at(problem: Problem, values: Tensor, rows: Stack, theta: Leaves) -> Stack:
-    """The eigenvectors (k, *leaf) as a function of θ."""
-    return _call(_Vectors(problem), values, *rows, *theta)
+    """The eigenvectors (k, *leaf) as a function of θ; a constant one to the compiler."""
+    return rows if torch.compiler.is_compiling() else _call(_Vectors(problem), values, *rows, *theta)
 
 
 @dataclass(frozen=True, eq=False)

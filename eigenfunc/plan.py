@@ -22,6 +22,7 @@ ROOMY = 2**27  # entries of a basis that are had without asking
 BLOCK = 8
 HALF = 1e-4  # the least tolerance at which a basis in half precision may do
 PROBE = 8  # products of a proof of completeness after which a limit within the tolerance will do; vectors it holds
+PROBES = 4  # random vectors that such a proof takes at once, at most: more of them save next to no passes
 SMALLEST = 12  # vectors of a basis: with fewer, a cluster of five values can keep one pair from converging for ever
 FIXED = 64 * 2**20  # what a first product loads
 WORTH = {10: 0.45, 20: 0.5, 50: 0.65}  # from this k on a block pays if its products take less than this share
@@ -58,24 +59,35 @@ class Plan(NamedTuple):
 
     @property
     def working_bytes(self) -> int:
-        """Of memory beside the basis and the products' own, at most: a step, the proof of completeness, the end."""
+        """Of memory beside the basis and the products' own, at most: a step, the proof of completeness, the end. But a
+        proof that the first random vectors leave open, which is rare, is tried again: see `retry_bytes`."""
+        return self._working(min(self.block_size, PROBES))
+
+    @property
+    def retry_bytes(self) -> int:
+        """`working_bytes` where the proof has to be tried again, with more random vectors at once, twice as
+        many while those before are still there."""
+        return self._working(2 * PROBES)
+
+    def _working(self, probes: int) -> int:
         vector = self.n * self.dtype.itemsize
         rows = self.basis_size + self.block_size
         scratch = 2 * rows * min(PIECE, self.n) * self.dtype.itemsize + FIXED
-        step, proof, end = 4 * self.block_size + 2, 6, 5 * self.k + 2
+        step, proof, held, end = 4 * self.block_size + 2, 6 * probes, PROBE * probes, 5 * self.k + 2
         if self.basis_path is None or self.basis_dtype is not None:
-            return scratch + vector * max(step, proof + PROBE, end + (PROBE if self.basis_dtype else 0))
+            return scratch + vector * max(step, proof + held, end + (held if self.basis_dtype else 0))
         return scratch + vector * max(step, proof)
 
     @property
     def memory_bytes(self) -> int:
-        """At most, of the solver: beside the model, what the operator keeps, and what its products need."""
+        """At most, of the solver, a second try at the proof apart: beside the model, what the operator keeps, and what
+        its products need. Whole vectors are counted, of which each process of a group holds a part only."""
         return self.working_bytes + (self.basis_bytes if self.basis_path is None else 0)
 
     @property
     def disk_bytes(self) -> int:
         """At most, in files without a name that go with the solution at the latest."""
-        vectors = (PROBE + 3 * self.k) * self.n * self.dtype.itemsize
+        vectors = (2 * PROBE * PROBES + 3 * self.k) * self.n * self.dtype.itemsize
         return 0 if self.basis_path is None else self.basis_bytes + vectors
 
     @property
@@ -94,7 +106,8 @@ class Plan(NamedTuple):
         lines = {
             "basis": f"{tree.gibibytes(self.basis_bytes)} {place}: {self.basis_size} + {self.block_size} vectors of "
             f"{self.n:,} in {dtype}",
-            "at work": f"{tree.gibibytes(self.working_bytes)} at most, the end with its vectors included",
+            "at work": f"{tree.gibibytes(self.working_bytes)} at most, the end with its vectors included; a second "
+            f"try at the proof, rarely due, up to {tree.gibibytes(self.retry_bytes)}",
             "kept": f"{tree.gibibytes(self.kept_bytes)} by the operator, graphs of the gradient",
             "products": f"{low} to {high} as a rule{block}, {self.max_matvecs} at most beside those that verify",
         }

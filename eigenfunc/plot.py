@@ -8,7 +8,7 @@ also said by shape, hatching or number. All raise `InputError` without matplotli
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +19,11 @@ from eigenfunc.canvas import DOWN, GRID, OPEN, UP
 from eigenfunc.curvature.products import Loss
 from eigenfunc.errors import InputError
 from eigenfunc.landscape import Landscape, landscape as sampled
+from eigenfunc.records import Alert, Record
+from eigenfunc.selection import By, grouped
 from eigenfunc.solution import Solution
 from eigenfunc.stochastic.density import Density
-from eigenfunc.tree import By, Tree
+from eigenfunc.tree import Tree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -169,7 +171,7 @@ def vector_norms(solution: Solution, by: By = "parameter", ax: Axes | None = Non
         name: tree.norms(leaf).cpu() ** 2
         for name, leaf in zip(tree.names(solution.vectors), tree.leaves(solution.vectors), strict=True)
     }
-    rows = tree.grouped(solution.vectors, by, "by")
+    rows = grouped(solution.vectors, by, "by")
     shares = torch.stack([torch.stack([squares[name] for name in members]).sum(0) for members in rows.values()])
     shares = 100 * shares / torch.stack(list(squares.values())).sum(0)
     open_ = ~solution.converged
@@ -182,6 +184,80 @@ def vector_norms(solution: Solution, by: By = "parameter", ax: Axes | None = Non
     axes.set_xlabel("index of the eigenvector")
     axes.set_title(_title("eigenvectors by layer", len(open_), int(open_.sum())))
     return axes  # type: ignore[no-any-return]
+
+
+def track(records: Sequence[Record], alerts: Sequence[Alert] = (), ax: Axes | None = None) -> Axes:
+    """Eigenvalues along a training run, with the limit of stability and, as vertical lines with numbers, the alerts.
+
+    records  of a `SpectrumTracker`, or of `read_jsonl`. A line follows a pair by its `ids`, through crossings. Filled
+             marks are certified, hollow ones glances or looks without a certificate; crosses on the lower edge records
+             without numbers
+    alerts   more of them than the records hold: `tracker.alerts`, which has all
+    """
+    if not records:
+        raise InputError("track: there is no record to draw")
+    axes: Any = canvas.new_axes() if ax is None else ax
+    paths: dict[int, list[tuple[int, float, bool]]] = {}
+    for record in records:
+        for name, value, ok in zip(record.ids, record.values, record.converged, strict=True):
+            paths.setdefault(name, []).append((record.step, value, ok))
+    for path in paths.values():
+        axes.plot([step for step, _, _ in path], [value for _, value, _ in path], "-", color=UP, lw=1, alpha=0.6)
+    seen = [point for path in paths.values() for point in path]
+    for certified, look in (
+        (True, {"mfc": UP, "label": "certified"}),
+        (False, {"mfc": "white", "label": "not proven"}),
+    ):
+        chosen = [(step, value) for step, value, ok in seen if ok == certified]
+        if chosen:
+            axes.plot(*zip(*chosen, strict=True), "o", color=UP, ms=4, mew=0.8, **look)
+    limits = [(r.step, r.limit) for r in records if r.limit is not None and math.isfinite(r.limit)]
+    if limits:
+        axes.plot(
+            *zip(*limits, strict=True), "--", color="black", lw=1.2, drawstyle="steps-post", label="stability limit"
+        )
+    low, high = _reach([value for _, value, _ in seen], [limit for _, limit in limits])
+    axes.set_ylim(low, high)
+    if failed := [r.step for r in records if not r.values]:
+        edge = axes.get_xaxis_transform()
+        axes.plot(failed, [0.03] * len(failed), "x", color=OPEN, transform=edge, label=f"failed ({len(failed)})")
+    _alerted(axes, dict.fromkeys([alert for r in records for alert in r.alerts] + list(alerts)))
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("eigenvalue" if records[-1].matrix == "hessian" else f"eigenvalue of the {records[-1].matrix}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(color=GRID, lw=0.6)
+    axes.legend(edgecolor=GRID, framealpha=0.9, fontsize=8.5)
+    looks = [record for record in records if record.kind == "look"]
+    sure = sum(record.certified for record in looks)
+    axes.set_title(f"{sure} of {len(looks)} looks certified, {len(records) - len(looks)} glances")
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes  # type: ignore[no-any-return]
+
+
+def _alerted(axes: Any, alerts: Iterable[Alert]) -> None:
+    """A numbered line at each rule's first alert, marks on the upper edge at all; the legend names the rules."""
+    steps: dict[str, list[int]] = {}
+    for alert in sorted(alerts, key=lambda alert: alert.step):
+        steps.setdefault(alert.rule, []).append(alert.step)
+    edge = axes.get_xaxis_transform()
+    for number, (rule, at) in enumerate(steps.items(), 1):
+        count = f" ({len(at)} times)" if len(at) > 1 else ""
+        axes.axvline(at[0], color=DOWN, lw=1, ls=":", label=f"{number}: {rule}{count}")
+        axes.plot(at, [1.0] * len(at), "v", color=DOWN, ms=4, mew=0, transform=edge, clip_on=False)
+        axes.text(
+            at[0], 1.0 - 0.055 * number, str(number), color=DOWN, ha="center", va="center", fontsize=9, transform=edge,
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": DOWN, "linewidth": 0.6},
+        )  # fmt: skip
+
+
+def _reach(values: list[float], limits: list[float]) -> tuple[float, float]:
+    """What to show: all values, and limits that are not far beyond them."""
+    high = max(values, default=1.0)
+    near = [limit for limit in limits if limit <= 3 * high]
+    low, high = min([*values, 0.0]), max([high, *near])
+    room = 0.08 * (high - low or 1.0)
+    return low - room * (low < 0), high + room
 
 
 def landscape(

@@ -22,6 +22,9 @@ EXAMPLE = """A problem file defines make_problem(), which returns (loss, params,
         inputs, targets = torch.randn(100, 4), torch.randint(0, 3, (100,))
         loss, params = functional_loss(model, torch.nn.CrossEntropyLoss())
         return loss, params, (inputs, targets)   # data: one batch, a DataLoader, or Batches([...])
+
+With torchrun --nproc-per-node N -m eigenfunc run PROBLEM.py the batches of a DataLoader or of Batches are dealt out to
+N processes. Where data is a function, data(rank, world_size) gives the share of a process; alone it is data(0, 1).
 """
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from eigenfunc import checkpoint as files, scope, tree
 from eigenfunc.certificate import Products
 from eigenfunc.checkpoint import Checkpoint, Journal, Saved
-from eigenfunc.errors import CheckpointError, CheckpointWarning
+from eigenfunc.errors import CheckpointError, CheckpointWarning, InputError
 from eigenfunc.thick_restart import Run
 
 Asked = dict[str, Any]  # by name: what a file must agree with, plain values
@@ -34,11 +34,18 @@ def opened(
     """Where to save to, and what is there to go on from, if anything.
 
     `CheckpointError` for a file that does not agree with what is asked, to which the tree is added; if the run is to
-    start afresh, for one of another matrix too, because it would be overwritten.
+    start afresh, for one of another matrix too, because it would be overwritten. `InputError` for a run of several
+    processes.
     """
     if checkpoint is None:
         return None, None
+    if products.columns is not None:
+        raise InputError(
+            "checkpoint does not go with group: each process has a part of the basis and saves at times of its own, so "
+            "that the files of a run that was killed would not fit together. Leave out one of the two"
+        )
     files.require()
+    products.A.choices.tell()  # an operator that cannot be saved says so here
     store = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     leaves = zip(tree.names(products.A.like), tree.leaves(products.A.like), strict=True)
     asked["tree"] = [f"{name} {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves]

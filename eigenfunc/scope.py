@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from eigenfunc import tree
@@ -76,8 +77,35 @@ def inside_transform() -> bool:
     return functorch.peek_interpreter_stack() is not None
 
 
+def process() -> str:
+    """Which process this is, in words for what only knows of its own data; nothing where there is but one."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return ""
+    return f"; over the data of process {dist.get_rank()} of {dist.get_world_size()} alone"
+
+
+def derivative_levels() -> int:
+    """How many torch.func transforms that differentiate (grad, vjp, jvp, jacrev, …) are active."""
+    return sum(level in ("Grad", "Jvp") for level in _levels())
+
+
+def jvp_levels() -> int:
+    """How many forward-mode transforms of torch.func are active."""
+    return sum(level == "Jvp" for level in _levels())
+
+
+def _levels() -> list[str]:
+    functorch: Any = torch._C._functorch
+    return [level.key().name for level in functorch.get_interpreter_stack() or []]
+
+
+_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the compiler traces inside the same levels
+
+
 def usable(x: Tree) -> Tree:
-    """x with tensors born in inference mode copied, because autograd cannot save those."""
+    """x with tensors born in inference mode copied, because autograd cannot save those; the compiler copes."""
+    if torch.compiler.is_compiling():
+        return x
 
     def copied(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_inference():

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import optree
@@ -17,33 +18,54 @@ import torch
 from torch import Tensor
 
 from eigenfunc import storage
-from eigenfunc.errors import InputError, TreeError
+from eigenfunc.errors import TreeError
 
 Tree: TypeAlias = Any
-Select: TypeAlias = Callable[[str], bool] | str | Sequence[str]
-By: TypeAlias = Callable[[str], str] | str | Sequence[str]
+
+Total = Callable[[Tensor], Tensor]
+_TOTAL: ContextVar[Total | None] = ContextVar("total", default=None)
 
 _SLICE = 4_096  # entries of a float32 dot product before the partial sums go to float64
 _COLUMNS = 16_384  # entries of each vector that are held in float64 at a time: few enough for the cache
 
 
+def _plain(tree: Tree) -> bool:
+    """Whether the compiler traces and `tree` is a tensor or a list of tensors: it would step through optree's own code,
+    which takes three times as long as all the rest."""
+    if not torch.compiler.is_compiling():
+        return False
+    return isinstance(tree, Tensor) or (type(tree) is list and all(isinstance(leaf, Tensor) for leaf in tree))
+
+
 def leaves(tree: Tree) -> list[Any]:
+    if _plain(tree):
+        return [tree] if isinstance(tree, Tensor) else list(tree)
     return optree.tree_leaves(tree)
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
     """The leaves, and the function that puts such leaves back into the same structure."""
+    if _plain(tree):
+        return leaves(tree), (lambda flat: flat[0]) if isinstance(tree, Tensor) else list
     flat, spec = optree.tree_flatten(tree)
     return flat, spec.unflatten
 
 
 def tree_map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    if _plain(tree) and all(map(_plain, rest)):
+        return f(tree, *rest) if isinstance(tree, Tensor) else [f(*row) for row in zip(tree, *rest, strict=True)]
     return optree.tree_map(f, tree, *rest)
 
 
 def names(tree: Tree) -> list[str]:
     """A dotted name for each leaf, in the order of `leaves`; the keys themselves for a flat dict."""
-    return [".".join(str(key) for key in path) for path in optree.tree_paths(tree)]
+    return [".".join(str(key) for key in path) for path in _paths(tree)]
+
+
+def _paths(tree: Tree) -> list[tuple[Any, ...]]:
+    if _plain(tree):
+        return [()] if isinstance(tree, Tensor) else [(i,) for i in range(len(tree))]
+    return optree.tree_paths(tree)
 
 
 def filled_names(tree: Tree) -> list[str]:
@@ -124,14 +146,34 @@ def matrix(leaf: Tensor) -> Tensor:
     return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
 
 
+@contextmanager
+def summed(total: Total | None) -> Iterator[None]:
+    """Within, vectors are parts, whose inner products and norms become those of whole vectors by `total`: a sum over
+    those who hold the other parts. None for whole vectors."""
+    token = _TOTAL.set(total)
+    try:
+        yield
+    finally:
+        _TOTAL.reset(token)
+
+
+def _total() -> Total | None:
+    return None if torch.compiler.is_compiling() else _TOTAL.get()
+
+
+def _of_whole(part: Tensor | None) -> Tensor:
+    assert part is not None
+    total = _total()
+    return part if total is None else total(part)
+
+
 def gram(x: Tree, y: Tree) -> Tensor:
     """Inner products (p, q), in float64, between the stacks x (p, *leaf) and y (q, *leaf)."""
     total: Tensor | None = None
     for a, b in zip(leaves(x), leaves(y), strict=True):
         part = _gram_leaf(matrix(a), matrix(b))
         total = part if total is None else total + part
-    assert total is not None
-    return total
+    return _of_whole(total)
 
 
 def wide(leaf: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -177,8 +219,7 @@ def exact_gram(x: Tree, y: Tree) -> Tensor:
         for columns in _fine(matrix(a), matrix(b)):
             part = matrix(a)[:, columns].double() @ matrix(b)[:, columns].double().mT
             total = part if total is None else total + part
-    assert total is not None
-    return total
+    return _of_whole(total)
 
 
 def dots(x: Tree, y: Tree) -> Tensor:
@@ -211,8 +252,8 @@ def norms(x: Tree) -> Tensor:
         for leaf in leaves(x)
         for _, part in wide(matrix(leaf), leaf.dtype)
     ]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    return total
+    lengths: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return lengths if _total() is None else _of_whole(lengths * lengths).sqrt()
 
 
 def dot(x: Tree, y: Tree) -> Tensor:
@@ -253,6 +294,11 @@ def unravel(flat: Tensor, like: Tree, *, narrow: bool = True) -> Tree:
     )
 
 
+def is_sharded(leaf: Tensor) -> bool:
+    """Whether a tensor is a DTensor, asked without the import that only its users have paid for."""
+    return any(kind.__name__ == "DTensor" for kind in type(leaf).__mro__)
+
+
 def check_vector_space(like: Tree, what: str) -> None:
     """Refuse trees that cannot serve as vectors: no leaf, not tensors, not real floats, several devices."""
     flat = leaves(like)
@@ -265,6 +311,8 @@ def check_vector_space(like: Tree, what: str) -> None:
                 f"{where} is a {type(leaf).__name__}, not a tensor. Pass a pytree whose leaves are all tensors; "
                 "register your own containers with optree.register_pytree_node"
             )
+        if is_sharded(leaf):
+            raise TreeError(f"{where} is a DTensor, a part of a tensor on several processes; pass its .full_tensor()")
         if leaf.is_complex():
             raise TreeError(f"{where} is complex ({leaf.dtype}); split it with torch.view_as_real")
         if not leaf.is_floating_point():
@@ -280,10 +328,9 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False, dtypes:
     With `stacked` every leaf of x carries one more leading axis, of the same length everywhere. Without `dtypes` any
     real floating-point dtype will do.
     """
-    x_leaves, x_spec = optree.tree_flatten(x)
-    refs, spec = optree.tree_flatten(like)
-    if not _alike(x, x_spec, like, spec):
-        raise TreeError(f"{what} has structure {x_spec}, expected {spec}")
+    if not _alike(x, like):
+        raise TreeError(f"{what} has structure {optree.tree_structure(x)}, expected {optree.tree_structure(like)}")
+    x_leaves, refs = leaves(x), leaves(like)
     lengths = set()
     for name, leaf, ref in zip(names(like), x_leaves, refs, strict=True):
         where = f"{what}: leaf '{name}'" if name else what
@@ -306,74 +353,13 @@ def check_like(x: Tree, like: Tree, what: str, *, stacked: bool = False, dtypes:
         raise TreeError(f"{what}: leaves carry different numbers of vectors: {sorted(lengths)}")
 
 
-def _alike(x: Tree, x_spec: Any, like: Tree, spec: Any) -> bool:
+def _alike(x: Tree, like: Tree) -> bool:
     """Whether the structures are the same, whatever the order in which dicts were filled: what the compiler has for a
     structure remembers that."""
     if torch.compiler.is_compiling():
-        return optree.tree_paths(x) == optree.tree_paths(like)
-    same: bool = x_spec == spec
+        return _paths(x) == _paths(like)
+    same: bool = optree.tree_structure(x) == optree.tree_structure(like)
     return same
-
-
-def chosen(all_names: Sequence[str], select: Select, what: str) -> list[str]:
-    """Those of `all_names` that a predicate accepts, or that match a glob pattern, a name or a dotted prefix.
-
-    Raises `InputError` where nothing is selected or one pattern selects nothing.
-    """
-    if callable(select):
-        picked = [name for name in all_names if select(name)]
-        if not picked:
-            raise InputError(f"{what}: the predicate selects none of {_some(all_names)}")
-        return picked
-    patterns = [select] if isinstance(select, str) else list(select)
-
-    def matches(name: str, pattern: str) -> bool:
-        return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
-
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in all_names):
-            raise InputError(f"{what}: '{pattern}' selects none of {_some(all_names)}")
-    if not patterns:
-        raise InputError(f"{what}: an empty selection; the names are {_some(all_names)}")
-    return [name for name in all_names if any(matches(name, pattern) for pattern in patterns)]
-
-
-def grouped(tree: Tree, by: By, what: str) -> dict[str, list[str]]:
-    """The names of the leaves by group, groups and names in the order in which dicts were filled.
-
-    `by` is "module", which groups by the dotted prefix before the last name ("" where there is none; what belongs to a
-    parametrisation of torch counts as its module's own); "parameter", each leaf by itself; a function from a name to
-    the name of its group; or a list of selections as `chosen` takes them, a group each, where leaves that none selects
-    are left out.
-
-    Raises `InputError` for anything else, and where a selection selects nothing.
-    """
-    all_names = filled_names(tree)
-    if isinstance(by, str) and by not in _GROUPS:
-        raise InputError(f"{what} must be 'module', 'parameter', a function or a list of patterns, got {by!r}")
-    if not isinstance(by, str) and not callable(by):
-        return {pattern: chosen(all_names, pattern, what) for pattern in by}
-    group = _GROUPS[by] if isinstance(by, str) else by
-    found: dict[str, list[str]] = {}
-    for name in all_names:
-        key = group(name)
-        if not isinstance(key, str):
-            raise InputError(f"{what}: the function gives a {type(key).__name__} for '{name}', not the name of a group")
-        found.setdefault(key, []).append(name)
-    return found
-
-
-def _module(name: str) -> str:
-    owner = name.rpartition(".")[0]
-    return f".{owner}.".partition(".parametrizations.")[0].strip(".")
-
-
-_GROUPS: dict[str, Callable[[str], str]] = {"module": _module, "parameter": lambda name: name}
-
-
-def _some(all_names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in all_names[:8])
-    return shown + (f", … ({len(all_names)} in all)" if len(all_names) > 8 else "")
 
 
 def gibibytes(num_bytes: float) -> str:

@@ -39,14 +39,14 @@ def conclude(
         restarts=run.restarts,
         seconds=time.perf_counter() - begun,
         basis_size=plan.basis_size,
-        basis_bytes=(plan.basis_size + plan.block_size) * products.size * run.basis_dtype.itemsize,
+        basis_bytes=(plan.basis_size + plan.block_size) * products.width * run.basis_dtype.itemsize,
         orthogonality=certified.orthogonality,
         asymmetry=skew,
         norm=run.anorm * products.scale,
         seed=seed,
     )
     status, message = _verdict(run, residuals / values.abs(), met, converged, skew, explained, rounds, remedy)
-    vectors = storage.rows_of(certified.vectors, order.to(products.device))
+    vectors = products.whole(storage.rows_of(certified.vectors, order.to(products.device)))
     solution = Solution(
         values=values * products.scale,
         vectors=tree.unravel(vectors, products.A.like, narrow=False),

@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.spectra import diagonal, hess
 from eigenfunc import completeness, eigsh
 from eigenfunc.certificate import Products
+from eigenfunc.chance import escape
 from eigenfunc.completeness import Chain, Span
 from eigenfunc.krylov import lanczos as kernel
 from eigenfunc.operator import aslinearoperator
@@ -55,8 +56,8 @@ def test_eigenvalues_beyond_a_point_are_those_of_both_parts(
     assert int((values > point).sum()) == int((span.theta > point).sum()) + int((rest > point).sum())
 
 
-@pytest.mark.parametrize("steps", [3, 8, 15])
-def test_the_chance_that_an_eigenvalue_escapes_is_at_most_the_one_stated(steps: int) -> None:
+@pytest.mark.parametrize(("count", "steps"), [(1, 3), (1, 8), (1, 15), (2, 3), (2, 8), (4, 2), (4, 4), (4, 8)])
+def test_the_chance_that_an_eigenvalue_escapes_is_at_most_the_one_stated(count: int, steps: int) -> None:
     n, draws = 200, 400
     values = torch.cat([torch.tensor([1.0]), torch.linspace(-0.5, 0.9, n - 1)]).double()
     empty = torch.zeros(1, n).double()
@@ -65,7 +66,7 @@ def test_the_chance_that_an_eigenvalue_escapes_is_at_most_the_one_stated(steps: 
     claims = []
     for seed in range(draws):
         products = Products(aslinearoperator(lambda v: values * v, values))
-        chain = Chain(products, span, torch.zeros(1, 1).double(), 1.0, generator(seed))
+        chain = Chain(products, span, torch.zeros(1, 1).double(), 1.0, generator(seed), count)
         for _ in chain:
             if chain.length == steps:
                 break
@@ -75,15 +76,26 @@ def test_the_chance_that_an_eigenvalue_escapes_is_at_most_the_one_stated(steps: 
         assert wrong <= draws * chance + 3 * (draws * chance) ** 0.5
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shares_are_as_small_as_the_bound_says_no_more_often(count: int, size: int) -> None:
+    draws = torch.randn(20_000, count, size, generator=generator(count), dtype=torch.float64)
+    shares = torch.linalg.vector_norm((draws / draws.norm(dim=2, keepdim=True))[:, :, 0], dim=1) / count**0.5
+    for share in torch.linspace(0.05, 1, 20).tolist():
+        stated = escape(share, count, size)
+        assert float((shares < share).double().mean()) <= stated + 3 * (stated / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
 @pytest.mark.parametrize("missing", [1, 3])
-def test_copies_that_were_not_found_are_brought_up(missing: int) -> None:
+def test_copies_that_were_not_found_are_brought_up(missing: int, block_size: int) -> None:
     n = 300
     values = torch.cat(
         [torch.ones(1 + missing), torch.tensor([0.6]), torch.linspace(-0.3, 0.3, n - 2 - missing)]
     ).double()
     span = spanned(torch.diag(values), torch.ones(1, n).double(), 40)
     products = Products(aslinearoperator(lambda v: values * v, values))
-    plan = plan_for(2, "LA", 1e-6, n)
+    plan = plan_for(2, "LA", 1e-6, n, block_size=block_size)
     wanted = span.theta[plan.wanted(span.theta)]
     assert abs(wanted[1] - 0.6) < 1e-6
     for seed in range(20):
@@ -122,8 +134,8 @@ ONCE_FALSE = (
 
 
 @pytest.mark.parametrize("case", ONCE_FALSE, ids=lambda case: case.problem.family)
-@pytest.mark.parametrize("basis_size", [None, 24])
-def test_problems_that_fooled_a_lesser_probe(case: Case, basis_size: int | None) -> None:
+@pytest.mark.parametrize(("basis_size", "block_size"), [(None, 1), (24, 1), (None, 4)])
+def test_problems_that_fooled_a_lesser_probe(case: Case, basis_size: int | None, block_size: int) -> None:
     problem = case.problem
     for seed in range(5):
         solution = eigsh(
@@ -134,6 +146,7 @@ def test_problems_that_fooled_a_lesser_probe(case: Case, basis_size: int | None)
             v0=problem.start(case.start, case.k, case.which),
             seed=seed,
             basis_size=basis_size,
+            block_size=block_size,
             throw=False,
         )
         assert not faults(case, solution)

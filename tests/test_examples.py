@@ -38,3 +38,10 @@ def test_every_sample_has_a_sharpness() -> None:
     values, losses = run("per_sample")
     assert values.shape == losses.shape == (40,)
     assert (values > 0).all()
+
+
+def test_the_saddle_free_step_leaves_the_last_saddle_where_descent_still_waits() -> None:
+    slow, fast = run("saddle_free").values()
+    waiting = 0.003**2 / 2  # the loss before the last mode is learnt
+    assert ((slow > 0.7 * waiting) & (slow < 1.3 * waiting)).all()
+    assert fast.max() < 1e-3 * waiting

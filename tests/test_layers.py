@@ -16,6 +16,7 @@ from eigenfunc import Batches, LinearOperator, aslinearoperator, eigsh, function
 from eigenfunc.curvature import products
 from eigenfunc.errors import InputError, ObjectiveError, TransformError, TreeError
 from eigenfunc.layers import blocks, eigsh_blocks
+from eigenfunc.selection import grouped
 from tests.helpers import dense_hessian, plain, rotated
 
 Setting = tuple[Any, dict[str, Tensor], "Counted"]
@@ -136,11 +137,11 @@ def test_layers_come_in_the_order_of_the_model_and_own_their_parametrisations() 
     net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(11)))
     nn.utils.parametrizations.weight_norm(net[4])
     _, params = functional_loss(net, nn.MSELoss())
-    groups = tree.grouped(params, "module", "by")
+    groups = grouped(params, "module", "by")
     assert list(groups) == [str(i) for i in range(11)]
     assert len(groups["4"]) == 3
     nested = {"b": [torch.zeros(1), torch.zeros(2)], "a": {"y": torch.zeros(1), "x": torch.zeros(1)}}
-    assert tree.grouped(nested, "module", "by") == {"b": ["b.0", "b.1"], "a": ["a.y", "a.x"]}
+    assert grouped(nested, "module", "by") == {"b": ["b.0", "b.1"], "a": ["a.y", "a.x"]}
     twice = aslinearoperator(torch.eye(2), like={"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)})
     with pytest.raises(TreeError, match=r"two leaves are called 'a\.b'"):
         twice.restrict("a")

@@ -48,6 +48,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "vector norm": lambda x: mixed(torch.linalg.vector_norm(rows(x), dim=1)),
     "norm": lambda x: x.norm() * mixed(x),
     "std": lambda x: mixed(rows(x).std(1)) + mixed(torch.std(rows(x), dim=0, keepdim=True)),
+    "std by other names": lambda x: (
+        x.std(False) + mixed(rows(x).std(1, False, True)) + mixed(torch.std(rows(x), 0, unbiased=True))
+    ),
     "solve": lambda x: mixed(torch.linalg.solve(definite(x), OTHER.mT)) + mixed(torch.linalg.solve(definite(x), x[:4])),
     "logdet": lambda x: torch.logdet(definite(x)),
     "slogdet": lambda x: torch.linalg.slogdet(-rows(x)[:3, :3]).logabsdet,

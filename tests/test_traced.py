@@ -12,10 +12,12 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch._dynamo.variables.torch import get_overridable_functions
 from torch.nn import functional as F
 
 import eigenfunc
 from eigenfunc import functional_loss, hvp, tree
+from eigenfunc.errors import TransformError
 from eigenfunc.krylov import lanczos, lobpcg, power, run, subspace
 from tests.helpers import Params, flat, random_like, rotated, untouched
 
@@ -36,9 +38,12 @@ def _fresh() -> Iterator[None]:
 
 
 def traced(f: Callable[..., Any], *args: Any, backend: Any = "aot_eager") -> Any:
-    out = torch.compile(f, fullgraph=True, backend=backend)(*args)
-    assert not counters["graph_break"]
-    return out
+    listed = set(get_overridable_functions())
+    try:
+        return torch.compile(f, fullgraph=True, backend=backend)(*args)
+    finally:
+        assert not counters["graph_break"]
+        assert get_overridable_functions() == listed
 
 
 def assert_same(found: Any, truth: Any, tolerance: float = 1e-12) -> None:
@@ -141,6 +146,20 @@ def test_a_batch_may_be_taken_apart_by_the_loss() -> None:
     v = random_like(W)
     assert_same(traced(lambda v: hvp(greedy, W, batch, v), v), hvp(greedy, W, batch, v))
     assert list(batch) == ["x"]
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_a_graph_break_inside_a_product_is_named() -> None:
+    @torch.compiler.disable
+    def opaque(params: Params, batch: Any) -> Tensor:
+        return smooth(params, batch)
+
+    def broken(params: Params, batch: Any) -> Tensor:
+        return opaque(params, batch) + (layer(params, batch) * layer(params, batch).data).sum()
+
+    for loss in (opaque, broken):
+        with pytest.raises(TransformError, match="graph"):
+            torch.compile(lambda v, loss=loss: hvp(loss, W, (X, Y), v), backend="eager")(random_like(W))
 
 
 def test_checks_and_transforms_go_through_the_compiler() -> None:
@@ -283,6 +302,8 @@ def test_a_looped_run_leaves_nothing_to_differentiate() -> None:
     found = run(lambda v: weights @ v, V, 3, backend="eager")
     assert not any(leaf.requires_grad for leaf in found)
     assert_same(tuple(found), tuple(eigenfunc.lanczos(lambda v: A @ v, V, 3)))
+    with pytest.raises(TransformError, match="lanczos"):
+        torch.func.grad(lambda c: run(lambda v: c * (A @ v), V, 3, compile=False).alphas.sum())(V[0])
 
 
 @pytest.mark.slow

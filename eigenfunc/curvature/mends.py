@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from eigenfunc.curvature.elementary import RANDOM, SWAPS
-from eigenfunc.errors import ProductError
+from eigenfunc.errors import ProductError, TransformError
 
 
 class Seen:
@@ -213,10 +213,28 @@ class SplitLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def show_all_calls() -> None:
-    """Have the compiler hand to modes also the calls that it does not list as overridable; run while it traces."""
+def _show() -> None:
     rules: Any = importlib.import_module("torch._dynamo.variables.torch")
-    rules.get_overridable_functions().update({_read_data, torch._weight_norm})
+    tracing: Any = importlib.import_module("torch._dynamo.symbolic_convert").tls
+    tracer = getattr(tracing, "current_tx", None)
+    if tracer is None:
+        raise TransformError(
+            "torch.compile broke its graph inside a product, which torch.func does not survive: fullgraph=True shows "
+            "where; mend the loss there, or keep the product out of what is compiled by torch.compiler.disable"
+        )
+    listed = rules.get_overridable_functions()
+    hidden = {_read_data, torch._weight_norm} - listed
+    listed.update(hidden)
+    tracer.output.add_cleanup_hook(lambda: listed.difference_update(hidden))
+
+
+def show_all_calls() -> None:
+    """Have the compiler hand to modes also the calls that it does not list as overridable, until it has traced.
+
+    It is called while the compiler traces, or for real where that gave up: `TransformError`.
+    """
+    untraced: Any = torch.compiler.disable
+    untraced(_show)()
 
 
 show_all_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result

@@ -133,7 +133,7 @@ class _SetUp(NamedTuple, Generic[F]):
             mends = f"; mends met: {', '.join(sorted(seen.names))}" if seen.names else ""
             error = f", off by at most {matrix.noise():.0e} for unit vectors so far" if asked else ""
             way = f"way '{sweep.way}'{' compiled' if made is not None else ''}"
-            return f"{matrix.ways.matrix}, {way}, {proven}{mends}{error}; {sweep.describe()}{figures}"
+            return f"{matrix.ways.matrix}, {way}, {proven}{mends}{error}; {sweep.describe()}{figures}{scope.process()}"
 
         return self._guarded(sweep, words, self._choices(sweep, ways, made is not None))
 

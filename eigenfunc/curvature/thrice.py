@@ -23,15 +23,11 @@ class Thrice(TorchFunctionMode):
     """Functions that fail when differentiated thrice, by the formulas of this module."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        formula, kwargs = THRICE.get(func), kwargs or {}
-        if formula is not None:
-            named = {name: value for name, value in kwargs.items() if value is not None}
-            try:
-                inspect.signature(formula).bind(*args, **named)
-            except TypeError:
-                return func(*args, **kwargs)
-            return formula(*args, **named)
-        return func(*args, **kwargs)
+        named = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        formula = THRICE.get(func)
+        if formula is None or len(args) > _PLACES[func] or not set(named) <= _NAMES[func]:
+            return func(*args, **(kwargs or {}))
+        return formula(*args, **named)
 
 
 def _standard(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
@@ -126,8 +122,12 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -
     return (normalize(x1, 2, dim, eps) * normalize(x2, 2, dim, eps)).sum(dim)
 
 
-def std(input: Tensor, dim: Any = None, *, correction: float = 1, keepdim: bool = False) -> Tensor:
-    return _root(torch.var(input, dim, correction=correction, keepdim=keepdim))
+def std(
+    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: float | None = None
+) -> Tensor:
+    if isinstance(dim, bool):  # std(input, unbiased)
+        dim, unbiased = None, dim
+    return _root(torch.var(input, dim, correction=unbiased if correction is None else correction, keepdim=keepdim))
 
 
 def solve(A: Tensor, B: Tensor) -> Tensor:
@@ -176,3 +176,6 @@ THRICE: dict[Any, Callable[..., Any]] = {
     torch.det: det,
     Tensor.det: det,
 }
+
+_NAMES = {func: frozenset(inspect.signature(formula).parameters) for func, formula in THRICE.items()}
+_PLACES = {func: formula.__code__.co_argcount for func, formula in THRICE.items()}

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import tree
+from eigenfunc import scope, tree
+from eigenfunc.errors import TransformError
 from eigenfunc.krylov import basis as vectors
 from eigenfunc.krylov.lanczos import MatVec, Tridiagonal
 from eigenfunc.tree import Tree
@@ -32,6 +33,10 @@ class Row(NamedTuple):
 def advance(matvec: MatVec, seen: Tree, anorm: Tensor) -> Row:
     """One product with the last row of `seen` (rows, *leaf), made orthogonal to all of them by two passes of classical
     Gram–Schmidt. L. Giraud, J. Langou and M. Rozložník, Comput. Math. Appl. 50 (2005)."""
+    first, *others = tree.leaves(seen)
+    check: Any = torch._check
+    for leaf in others:
+        check(leaf.shape[0] == first.shape[0])  # which the compiler, to whom both are unknown, cannot see
     product = tree.tree_map(lambda leaf, row: leaf[None].to(row), matvec(tree.row(seen, -1)), tree.row(seen, -1))
     c = tree.gram(seen, product)
     rest = vectors.subtract(product, c, seen)
@@ -52,8 +57,11 @@ def run(
     """What `lanczos` returns, by a step that is compiled once for any number of steps.
 
     `matvec` must trace without graph breaks, as `hvp` does, and is compiled along with the rest; its vectors are in
-    the dtypes of `v0`. Writes in place and so is not differentiable: use `lanczos` there.
+    the dtypes of `v0`. Writes in place and so is constant to `backward()`; raises `TransformError` inside torch.func
+    transforms that differentiate, where `lanczos` serves.
     """
+    if scope.derivative_levels() > 0:
+        raise TransformError("run has no derivatives, because it writes in place: use eigenfunc.lanczos here")
     step: Callable[[MatVec, Tree, Tensor], Row] = advance
     room: AbstractContextManager[Any] = nullcontext()
     if compile:
@@ -82,10 +90,10 @@ def run(
 
 
 def _growing(seen: Tree) -> Tree:
-    """`seen` with a number of rows, the same in all leaves, that the compiler takes as unknown: no size is special."""
+    """`seen` with a number of rows that the compiler takes as unknown: no size is special."""
     decorators: Any = torch._dynamo.decorators
     for leaf in tree.leaves(seen):
-        decorators.mark_unbacked(leaf, 0, shape_id="rows")
+        decorators.mark_unbacked(leaf, 0)
     return seen
 
 

@@ -16,7 +16,7 @@ from eigenfunc.stochastic import band
 from eigenfunc.stochastic.chains import Probed, probe
 
 _POINTS = 1000  # of the default grid
-_WIDEST = 8  # doublings of a width of two grid points
+_WIDEST = 4  # doublings of a width of two grid points: no kernel is wider than 3% of the axis
 _SETTLED = 0.01  # of the mass may move when the rule loses a node, for a width to be wide enough
 _SHORTER = 4  # rules by which the error of the quadrature is estimated
 _CHUNK = 2**22  # entries of a kernel matrix
@@ -95,7 +95,8 @@ class Density:
         grid       (g,) rising; default: 1000 points, from beyond the smallest node to beyond the largest
         width      standard deviation of the kernel, in units of the axis; default: two points of the default grid,
                    or what it takes for the quadrature to be settled, such that a rule of one node less, which has its
-                   nodes elsewhere, moves no more than 1% of the mass
+                   nodes elsewhere, moves no more than 1% of the mass; but never over 3% of the axis, where a spectrum
+                   that the steps do not resolve, bunched at zero on a logarithmic axis say, has a wide band instead
         threshold  makes the axis symmetric-logarithmic, asinh(λ/threshold): linear below, logarithmic beyond on both
                    sides. The density remains one per unit of eigenvalue
 

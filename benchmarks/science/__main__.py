@@ -1,0 +1,51 @@
+"""Published facts on the digits, all figures and tables of docs/science.md: `python -m benchmarks.science`.
+
+Some six minutes on one core. Each run is kept under --keep as it ends, and not made again: after a change of what a run
+does, give another folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks.science import alarms, edge, outliers, pictures, rules, tables
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, default=Path("eigenfunc-out/science"), metavar="FOLDER")
+    keep = parser.parse_args().keep
+    torch.set_num_threads(1)
+    figures = DOCS / "figures"
+    figures.mkdir(exist_ok=True)
+
+    edges = edge.runs(keep)
+    pictures.edges(edges, figures / "edge.png")
+    spectra = outliers.runs(keep)
+    pictures.outliers(spectra, figures / "outliers.png")
+    whole = outliers.density()
+    pictures.density(whole, figures / "density.png")
+    records = alarms.runs(keep, progress=True)
+    judged = rules.outcomes(records)
+    told = {
+        "edge": edge.summary(edges),
+        "outliers": spectra,
+        "bulk": tables.bulk(whole),
+        "alarms": judged,
+        "fresh": rules.confirmed(judged, alarms.runs(keep, alarms.planned(fresh=True), progress=True)),
+        "mixes": rules.mixes(records),
+        "runs": rules.numbers(records),
+    }
+    pictures.alarms(records, told["alarms"], figures / "alarms.png")
+    (DOCS / "science.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    tables.fill(DOCS / "science.md", tables.blocks(told))
+
+
+if __name__ == "__main__":
+    main()

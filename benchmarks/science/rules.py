@@ -1,0 +1,296 @@
+"""Monitors on recorded runs: scores at every step, thresholds tuned on half of the healthy runs, what is caught.
+
+A monitor gives a score for every step and alarms where it first exceeds its threshold. A healthy run with an alarm is a
+false alarm. A fault in the rate counts if it doubled the loss on the fixed samples, and as caught if the first alarm
+came at the fault or after it, but before the loss had doubled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.science.alarms import DATA, EVERY, FACTORS, HARMLESS, LIMITS, OPTIMISERS
+from benchmarks.science.setting import Json
+from eigenfunc.alerts import jump, non_finite, repeated_batch, stability
+from eigenfunc.records import History, Observation, Record, Rule
+
+_WINDOW, _QUIET = 30, 20  # steps that a z-score looks back; steps at the start in which none is given
+_MEMORY = 60  # steps that the library's rules are shown
+_SPLITS = 30  # ways to halve the healthy runs
+_TARGET = 0.05  # false alarms on the runs that are tuned on
+Scores = list[float]
+
+
+def _z(series: Sequence[float]) -> Scores:
+    """Robust z-scores of the logarithms against the last steps: median and median absolute deviation."""
+    logs = [math.log(max(x, 1e-12)) if x == x and x != math.inf else math.nan for x in series]
+    found = []
+    for t, x in enumerate(logs):
+        past = [y for y in logs[max(0, t - _WINDOW) : t] if y == y]
+        if t < _QUIET or not past:
+            found.append(-math.inf)
+            continue
+        middle = statistics.median(past)
+        spread = 1.4826 * statistics.median([abs(y - middle) for y in past]) + 0.02
+        found.append((x - middle) / spread if x == x else math.inf)
+    return found
+
+
+def _known(values: Sequence[float]) -> Scores:
+    return [x if x == x else -math.inf for x in values]
+
+
+def loss_z(s: Json) -> Scores:
+    return _z(s["loss"])
+
+
+def held_z(s: Json) -> Scores:
+    return _z(s["held"])
+
+
+def gradient_z(s: Json) -> Scores:
+    return _z(s["grad"])
+
+
+def top_z(s: Json) -> Scores:
+    return _z(s["top"])
+
+
+def changed(s: Json) -> Scores:
+    rates = s["rate"]
+    return [0.0] + [float(b != a) for a, b in itertools.pairwise(rates)]
+
+
+def rose(s: Json) -> Scores:
+    """The factor by which the rate is above the largest of the last ten steps."""
+    rates = s["rate"]
+    return [1.0] + [rates[t] / max(rates[max(0, t - 10) : t]) for t in range(1, len(rates))]
+
+
+def ratio(s: Json) -> Scores:
+    """The last λ₁ against the limit at the current rate."""
+    limit = LIMITS[s["run"]["optimiser"]]
+    return _known([a * b / limit for a, b in zip(s["top"], s["rate"], strict=True)])
+
+
+def reach(s: Json) -> Scores:
+    """½ λ₁ ‖Δ‖² over the loss, for the update Δ just made: how far its curvature may have raised the loss."""
+    return _known([a * b / (2 * max(c, 1e-12)) for a, b, c in zip(s["top"], s["reach"], s["held"], strict=True)])
+
+
+def shipped(*rules: Rule) -> Callable[[Json], Scores]:
+    """1 at the steps where one of these rules of the library, with its own thresholds, raises an alert."""
+
+    def scores(s: Json) -> Scores:
+        limit, fields = LIMITS[s["run"]["optimiser"]], (s["loss"], s["grad"], s["rate"], s["batch"])
+        observations = [
+            Observation(t, loss, grad, rate, limit / rate, batch)
+            for t, (loss, grad, rate, batch) in enumerate(zip(*fields, strict=True))
+        ]
+        glances = [Record(t - t % EVERY, (x,), kind="glance") for t, x in enumerate(s["top"])]
+        pasts = [
+            History([glances[t]] if s["top"][t] == s["top"][t] else [], observations[max(0, t - _MEMORY) : t + 1])
+            for t in range(len(observations))
+        ]
+        return [float(any(rule(past) is not None for rule in rules)) for past in pasts]
+
+    return scores
+
+
+_JUMPS: tuple[Rule, ...] = (
+    partial(jump, of="loss", window=50, least=20),
+    partial(jump, of="grad_norm", window=50, least=20),
+)
+_OTHERS: tuple[Rule, ...] = (*_JUMPS, repeated_batch, non_finite)
+
+
+@dataclass(frozen=True)
+class Monitor:
+    score: Callable[[Json], Scores]
+    threshold: float | None = None  # None: tuned
+    each: bool = False  # tuned for each optimiser by itself
+
+
+MONITORS = {
+    "loss of the batch, z-score": Monitor(loss_z),
+    "loss on fixed samples, z-score": Monitor(held_z),
+    "gradient norm, z-score": Monitor(gradient_z),
+    "the rate changed": Monitor(changed, 0.5),
+    "the rate rose by a factor": Monitor(rose),
+    "the same, each optimiser": Monitor(rose, each=True),
+    "λ₁, z-score": Monitor(top_z),
+    "λ₁ over the limit": Monitor(ratio),
+    "λ₁ over the limit, each optimiser": Monitor(ratio, each=True),
+    "½ λ₁‖Δ‖² over the loss": Monitor(reach),
+    "½ λ₁‖Δ‖² over the loss, each optimiser": Monitor(reach, each=True),
+    "`stability`: λ₁ over the limit > 1": Monitor(shipped(stability), 0.5),
+    "`jump` of loss or gradient norm": Monitor(shipped(*_JUMPS), 0.5),
+    "`repeated_batch`": Monitor(shipped(repeated_batch), 0.5),
+    "`non_finite`": Monitor(shipped(non_finite), 0.5),
+    "the library's rules together": Monitor(shipped(stability, *_OTHERS), 0.5),
+    "the same, `stability` at 0.4": Monitor(shipped(partial(stability, ratio=0.4), *_OTHERS), 0.5),
+}
+
+
+_MIXED = (
+    "gradient norm, z-score",
+    "the rate rose by a factor",
+    "`stability`: λ₁ over the limit > 1",
+    "λ₁ over the limit",
+    "½ λ₁‖Δ‖² over the loss",
+)
+
+
+def doubled(s: Json) -> int | None:
+    """The step at which the loss on the fixed samples is first over twice that at the change."""
+    at, held = s["run"]["at"], s["held"]
+    return next((t for t in range(at + 1, len(held)) if not held[t] <= 2 * held[at]), None)
+
+
+def first_alarm(scores: Scores, threshold: float) -> int | None:
+    return next((t for t, x in enumerate(scores) if x > threshold), None)
+
+
+def tuned(peaks: Sequence[float], target: float = _TARGET) -> float:
+    """The smallest threshold that at most that share of the peaks exceeds."""
+    ranked = sorted(peaks, reverse=True)
+    return ranked[int(target * len(ranked))]
+
+
+def halves(records: Sequence[Json], seed: int) -> tuple[list[Json], list[Json]]:
+    """The healthy runs, split at random within each optimiser and kind: to tune on, and to test on."""
+    groups: dict[tuple[str, str], list[Json]] = {}
+    for s in records:
+        groups.setdefault((s["run"]["optimiser"], s["run"]["kind"]), []).append(s)
+    draw = random.Random(seed)
+    tune: list[Json] = []
+    test: list[Json] = []
+    for group in groups.values():
+        draw.shuffle(group)
+        tune += group[: len(group) // 2]
+        test += group[len(group) // 2 :]
+    return tune, test
+
+
+def sound(records: Sequence[Json]) -> list[Json]:
+    """The healthy runs: without a fault, and after whose change of rate the loss did not double."""
+    return [s for s in records if s["run"]["kind"] in HARMLESS and doubled(s) is None]
+
+
+class Judged:
+    """A monitor's scores on all runs, and what it does with given thresholds."""
+
+    def __init__(self, monitor: Monitor, records: Sequence[Json]) -> None:
+        self.monitor = monitor
+        self.scores = {id(s): monitor.score(s) for s in records}
+
+    def thresholds(self, tune: Sequence[Json]) -> dict[str, float]:
+        if self.monitor.threshold is not None:
+            return dict.fromkeys(OPTIMISERS, self.monitor.threshold)
+        peaks = {o: [max(self.scores[id(s)]) for s in tune if s["run"]["optimiser"] == o] for o in OPTIMISERS}
+        if self.monitor.each:
+            return {name: tuned(some) for name, some in peaks.items()}
+        return dict.fromkeys(OPTIMISERS, tuned([x for some in peaks.values() for x in some]))
+
+    def alarm(self, s: Json, limits: dict[str, float]) -> int | None:
+        return first_alarm(self.scores[id(s)], limits[s["run"]["optimiser"]])
+
+    def alarmed(self, some: Sequence[Json], limits: dict[str, float]) -> list[int]:
+        return [sum(self.alarm(s, limits) is not None for s in some), len(some)]
+
+    def caught(self, some: Sequence[Json], limits: dict[str, float]) -> list[int]:
+        spans = [(s["run"]["at"], self.alarm(s, limits), doubled(s)) for s in some]
+        return [sum(t is not None and end is not None and at <= t < end for at, t, end in spans), len(spans)]
+
+    def late(self, some: Sequence[Json], limits: dict[str, float]) -> list[float | None]:
+        delays = [t - s["run"]["at"] for s in some if (t := self.alarm(s, limits)) is not None and t >= s["run"]["at"]]
+        return [len(delays), len(some), statistics.median(delays) if delays else None]
+
+
+def outcome(monitor: Monitor, records: Sequence[Json]) -> Json:
+    """What a monitor does on all runs, as counts [alarms, runs], for the first way to split the healthy ones in halves;
+    `mean false` and `mean caught` are shares over all ways."""
+    judged, healthy = Judged(monitor, records), sound(records)
+    jumps = [s for s in records if s["run"]["kind"] == "jump"]
+    harmful = [s for s in jumps if doubled(s) is not None]
+    shares = []
+    for seed in range(_SPLITS):
+        tune, test = halves(healthy, seed)
+        limits = judged.thresholds(tune)
+        pairs = judged.alarmed(test, limits), judged.caught(harmful, limits)
+        shares.append([count / number for count, number in pairs])
+    tune, test = halves(healthy, 0)
+    limits = judged.thresholds(tune)
+    false, caught = partial(judged.alarmed, limits=limits), partial(judged.caught, limits=limits)
+    return {
+        "tuned": monitor.threshold is None,
+        "thresholds": limits,
+        "false": false(test),
+        "false of all": false(healthy),
+        "false by kind": {kind: false([s for s in test if s["run"]["kind"] == kind]) for kind in HARMLESS},
+        "caught": caught(harmful),
+        "mean false": statistics.fmean(share for share, _ in shares),
+        "mean caught": statistics.fmean(share for _, share in shares),
+        **{name: caught([s for s in harmful if s["run"]["optimiser"] == name]) for name in OPTIMISERS},
+        "by factor": {str(f): caught([s for s in harmful if s["run"]["factor"] == f]) for f in FACTORS},
+        "other jumps": false([s for s in jumps if doubled(s) is None]),
+        **{kind: judged.late([s for s in records if s["run"]["kind"] == kind], limits) for kind in DATA},
+    }
+
+
+def outcomes(records: Sequence[Json]) -> Json:
+    return {name: outcome(monitor, records) for name, monitor in MONITORS.items()}
+
+
+def confirmed(told: Json, fresh: Sequence[Json]) -> Json:
+    """The same counts on runs that no threshold was tuned on, for the thresholds of `outcomes`."""
+    healthy = sound(fresh)
+    harmful = [s for s in fresh if s["run"]["kind"] == "jump" and doubled(s) is not None]
+    found: Json = {}
+    for name, row in told.items():
+        if row["caught"][0]:
+            judged, limits = Judged(MONITORS[name], fresh), row["thresholds"]
+            found[name] = {"false": judged.alarmed(healthy, limits), "caught": judged.caught(harmful, limits)} | {
+                o: judged.caught([s for s in harmful if s["run"]["optimiser"] == o], limits) for o in OPTIMISERS
+            }
+    return found
+
+
+MIXES = {
+    "all": (),
+    "without warm restarts (×20)": ("cosine with a restart",),
+    "nor warm-up in one jump (×10)": ("cosine with a restart", "warm-up in one jump"),
+}
+
+
+def mixes(records: Sequence[Json]) -> Json:
+    """Shares of false alarms and of faults caught, means over the splits, also without large harmless changes."""
+    found: Json = {}
+    for mix, without in MIXES.items():
+        some = [s for s in records if s["run"]["kind"] not in without]
+        for name in _MIXED:
+            row = outcome(MONITORS[name], some)
+            found.setdefault(name, {})[mix] = [row["mean false"], row["mean caught"]]
+    return found
+
+
+def numbers(records: Sequence[Json]) -> Json:
+    """How many runs of which sort there are."""
+    jumps = [s for s in records if s["run"]["kind"] == "jump"]
+    return {
+        "healthy": len(sound(records)),
+        "meant as harmless, but the loss doubled": sum(s["run"]["kind"] in HARMLESS for s in records)
+        - len(sound(records)),
+        "jumps": len(jumps),
+        "jumps that doubled the loss": sum(doubled(s) is not None for s in jumps),
+        "of these in one step": sum(doubled(s) == s["run"]["at"] + 1 for s in jumps),
+        "faults in the data": sum(s["run"]["kind"] in DATA for s in records),
+        "largest λ₁ over the limit in a healthy run": max(max(ratio(s)) for s in sound(records)),
+        "median residual of λ₁ in healthy runs": statistics.median(x for s in sound(records) for x in s["residual"]),
+    }
