@@ -95,8 +95,9 @@ class Record:
 
     @property
     def top(self) -> tuple[float, float] | None:
-        """The largest eigenvalue and its bound, where `which` asks for it."""
-        return None if self.which == "SA" else self._end(max)
+        """The largest eigenvalue and its bound, where `which` asks for it (LM: only where it is positive)."""
+        found = None if self.which == "SA" else self._end(max)
+        return None if found is not None and self.which == "LM" and found[0] <= 0 else found
 
     @property
     def bottom(self) -> tuple[float, float] | None:

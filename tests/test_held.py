@@ -15,7 +15,7 @@ from eigenfunc.curvature import products
 from eigenfunc.curvature.held import DERIVATIVES, Held
 
 
-@pytest.mark.parametrize("key", DERIVATIVES, ids=str)
+@pytest.mark.parametrize("key", DERIVATIVES, ids=lambda key: f"{key[0].__name__} {key[1]}")
 def test_derivatives_of_activations_are_those_of_autograd(key: Any) -> None:
     f, approximate = key
     x = torch.linspace(-9, 9, 501).double().requires_grad_()
