@@ -25,6 +25,7 @@ from eigenfunc.nearby import average_sharpness, worst_sharpness
 from eigenfunc.objective import Objective, functional_loss
 from eigenfunc.operator import LinearOperator, aslinearoperator
 from eigenfunc.overlap import gradient_overlap, gradient_shares, principal_angles, subspace_overlap
+from eigenfunc.plan import Plan, plan
 from eigenfunc.power_iteration import power_iteration
 from eigenfunc.preconditioners import adam_preconditioner
 from eigenfunc.records import Alert, Record
@@ -54,6 +55,7 @@ __all__ = [
     "LinearSolution",
     "NotConverged",
     "Objective",
+    "Plan",
     "Quadrature",
     "Record",
     "Solution",
@@ -88,6 +90,7 @@ __all__ = [
     "lobpcg",
     "logdet",
     "moments",
+    "plan",
     "power",
     "power_iteration",
     "principal_angles",

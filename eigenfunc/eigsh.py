@@ -13,6 +13,7 @@ from eigenfunc import endgame, resume, scope
 from eigenfunc.certificate import Products, seeded, start_block
 from eigenfunc.checkpoint import Checkpoint, Saved
 from eigenfunc.distributed.team import Group
+from eigenfunc.errors import InputError
 from eigenfunc.plan import ends, plan as planned
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
@@ -56,12 +57,12 @@ def eigsh(
                 measured to be so cheap that it makes up for needing more of them
     basis_dtype torch.float16 or torch.bfloat16 halve the memory of the basis and limit residuals to about 1e-4 and
                 1e-3 of ‖A‖, the errors of values to their squares; default: the dtype of the products
-    basis_path  a folder, on a disk and not in memory, for a file that holds the basis and another for the eigenvectors
-                that are returned, without names, so that they are gone when the tensors or the process are; for
-                vectors on the CPU. The results are those without it, bit for bit where the products are
-    memory_budget bytes of memory that the solver may take beside the model and the products' own (see
-                `Plan.memory_bytes`). Where they do not suffice the basis is made smaller, down to 1.5k + 4; or halved
-                by float16, for LM and LA and a tol of at least 1e-4; or put on disk, into the temporary folder
+    basis_path  a folder, on a disk and not in memory, for files without names that hold the basis and the eigenvectors,
+                gone with the tensors or the process; for vectors on the CPU. Results are those without it
+    memory_budget bytes that the solver may take beside the model and the products' own (see `Plan.memory_bytes`; not
+                with `group`, and a proof that takes a second attempt may take more). Where they do not suffice the
+                basis is made smaller, down to 1.5k + 4; or halved by float16, for LM and LA and a tol of at least
+                1e-4; or put on disk, into the temporary folder
     max_matvecs products that may be spent on solving; those that verify (k fresh ones, the probe, the noise: k + 10
                 as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
     checkpoint  a file, or a `Checkpoint`, which says more of it: the run is saved there, and where the same call finds
@@ -88,6 +89,8 @@ def eigsh(
     Appl. 22 (2000).
     """
     begun = time.perf_counter()
+    if memory_budget is not None and group is not None:
+        raise InputError("memory_budget counts whole vectors, of which each process of a group keeps a part: set sizes")
     products, given = Products(A, group), {} if memory_budget is not None else {"basis_dtype": str(basis_dtype)}
     asked: resume.Asked = {"which": which, "k": ends(k, which), "tol": tol, **given}
     store, old = resume.opened(checkpoint, products, asked)
