@@ -48,8 +48,7 @@ def eigsh(
     k           how many; for BE also (number at the top, number at the bottom)
     which       LM largest in magnitude, LA largest, SA smallest, BE both ends (the odd one at the top)
     tol         relative to each eigenvalue: converged means ‖A v − λ v‖ ≤ max(tol·|λ|, noise)
-    v0          start vector, shaped as `A.like`, or a stack of them (p, *leaf), earlier eigenvectors say, which are
-                summed into the rows of the start block; default: random
+    v0          start vector, shaped as `A.like`, or a stack of them (p, *leaf), old eigenvectors say; default: random
     seed        of all random numbers; default: a fresh one, told in `stats.seed`
     basis_size  vectors kept; default 2k+10, at least k+20, for LM and LA; 120 for SA and BE, where the edge of the
                 spectrum is dense, or 4k+20 from 60 on where n is large; n where n is small
@@ -89,8 +88,7 @@ def eigsh(
     Appl. 22 (2000).
     """
     begun = time.perf_counter()
-    if memory_budget is not None and group is not None:
-        raise InputError("memory_budget counts whole vectors, of which each process of a group keeps a part: set sizes")
+    _apart(memory_budget, group)
     products, given = Products(A, group), {} if memory_budget is not None else {"basis_dtype": str(basis_dtype)}
     asked: resume.Asked = {"which": which, "k": ends(k, which), "tol": tol, **given}
     store, old = resume.opened(checkpoint, products, asked)
@@ -113,6 +111,11 @@ class _Saving(NamedTuple):
     store: Checkpoint
     old: Saved | None
     asked: resume.Asked
+
+
+def _apart(memory_budget: int | None, group: Any) -> None:
+    if memory_budget is not None and group is not None:
+        raise InputError("memory_budget counts whole vectors, of which each process of a group keeps a part: set sizes")
 
 
 def _solve(
