@@ -214,7 +214,7 @@ class _Evidence:
         """Whether the chain goes no further for the rounding of its products."""
         last = self.tests[_STEPS - 1 : _STEPS]
         noisy, pure = chain.chances(last, self.sign), chain.chances(last, self.sign, rounding=0.01)
-        return chain.length > PROBE and bool(torch.isfinite(noisy)) and bool(noisy > 10 * pure)
+        return chain.length > 2 and bool(torch.isfinite(noisy)) and bool(noisy > 10 * pure)
 
     def closed(self, spent: int) -> bool:
         """The strictest limit holds, or, after a few products, any within the tolerance."""
