@@ -322,7 +322,7 @@ class Chain:
             if self.length < self.room:
                 self._hold(q.reshape(1, -1))
             self.alphas.append(alpha)
-            self.betas.append(beta if beta > self.least and self.length < self.size else 0.0)
+            self.betas.append(beta if beta > self.least and self.length < self.count * self.size else 0.0)
             if self.betas[-1] > 0:
                 self.previous, self.q = q, w / beta
             yield
@@ -365,7 +365,7 @@ class Chain:
         the largest share in the start vector that this allows is δ, and `escape` the chance of less.
         """
         m = self.length
-        if m == self.size:  # nothing is left to chance: the Ritz values are all that there is, up to rounding
+        if m == self.count * self.size:  # all of the space: the Ritz values are all that there is, up to rounding
             known = points > self.outermost(sign) + 2 * math.sqrt(m) * self.rounding
             return torch.where(known, 0.0, torch.inf).to(points.dtype)
         rounding = max(rounding * self.rounding * math.sqrt(m / self.products.size), 1e-300)

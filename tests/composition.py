@@ -311,14 +311,14 @@ def _(f: Function) -> tuple[Any, Any]:
     return pushed(pushed(figures(f)))(*POINT), difference(pushed(figures(f)))
 
 
-@transform("vmap∘grad", 1e-11)
+@transform("vmap∘grad", 1e-12)
 def _(f: Function) -> tuple[Any, Any]:
     """The gradients of all three models in one call, against a loop over them."""
     together = vmap(grad(number(f)), (0, None, None))(tree.stack(ALL), X, V)
     return together, looped(grad(number(f)), [(p, X, V) for p in ALL])
 
 
-@transform("grad∘vmap", 1e-11)
+@transform("grad∘vmap", 1e-12)
 def _(f: Function) -> tuple[Any, Any]:
     """The gradient of a sum over all three vectors, against the sum of their gradients."""
     together = grad(lambda p: vmap(number(f), (None, None, 0))(p, X, tree.stack(STARTS)).sum())(P)

@@ -76,6 +76,18 @@ def test_the_chance_that_an_eigenvalue_escapes_is_at_most_the_one_stated(count: 
         assert wrong <= draws * chance + 3 * (draws * chance) ** 0.5
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_only_a_chain_through_all_of_its_space_leaves_nothing_to_chance(count: int) -> None:
+    values = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    empty = torch.zeros(1, 3).double()
+    span = Span(empty[:0], empty, empty[0, :0], empty[:0, :0], empty[:, :0])
+    products = Products(aslinearoperator(lambda v: values * v, values))
+    chain = Chain(products, span, torch.zeros(1, 1).double(), 1.0, generator(0), count)
+    chain.alphas, chain.betas = [0.5, 0.5, 0.5], [0.1, 0.1, 0.1]  # as far as it goes for one vector, not for four
+    chance = float(chain.chances(torch.tensor([0.95], dtype=torch.float64), 1)[0])
+    assert chance == 0 if count == 1 else chance > 1e-8
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_shares_are_as_small_as_the_bound_says_no_more_often(count: int, size: int) -> None:
