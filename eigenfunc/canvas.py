@@ -45,6 +45,7 @@ def signed_log(axes: Any, which: Literal["x", "y"], unit: float, low: float, hig
     ]  # two ticks at least on a side that is logarithmic
     width = min(limits[0] / unit, 1.0) + min(limits[1] / unit, 1.0)
     axis, scale = (axes.xaxis, axes.set_xscale) if which == "x" else (axes.yaxis, axes.set_yscale)
+    axes.autoscale(False, axis=which)  # margins beyond the data would overflow at the end of the range
     scale("symlog", linthresh=unit, linscale=max(linear * total / width, 0.5))
     axes.set(**{f"{which}lim": (-limits[1], limits[0])})
     axis.set_ticks(ticks(unit, -limits[1], limits[0], 6 if which == "x" else 10))

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from eigenfunc.cli import main
 from eigenfunc.errors import FileError
@@ -194,6 +194,7 @@ def entries(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(st.lists(entries(), min_size=1, max_size=5))
+@example([record(0, [0.0], bounds=[1e300]), record(0, [1.0, 101.0], bounds=[0.0, 0.0])])
 @settings(max_examples=8, deadline=None)
 def test_any_log_makes_a_page(lines: list[dict[str, Any]]) -> None:
     import tempfile

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
 
@@ -182,6 +182,7 @@ def test_seeds_reproduce_and_are_told_and_nothing_else_is_drawn_from() -> None:
 
 
 @given(dof=st.floats(1, 500), level=st.floats(0.01, 0.9999))
+@example(dof=1.05, level=0.9999)
 @settings(max_examples=100, deadline=None)
 def test_quantiles_are_students(dof: float, level: float) -> None:
     assert math.isclose(quantile(dof, level), scipy.stats.t.ppf((1 + level) / 2, dof), rel_tol=1e-8)

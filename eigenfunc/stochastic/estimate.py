@@ -51,19 +51,26 @@ class Estimate(Generic[Value]):
 def quantile(dof: float, level: float) -> float:
     """t with P(|T| ≤ t) = level for Student's T.
 
-    With t = √dof tan φ the density is that of cos^(dof−1), which Gauss and Legendre integrate to all digits.
+    With t = √dof sinh u the density is that of cosh^(−dof), which Gauss and Legendre integrate to all digits over
+    the range that matters, and so the range is doubled from below until it holds enough.
     """
     if not 0 < level < 1:
         raise InputError(f"level must lie between 0 and 1, got {level!r}")
     if dof > 1e6:
         return NormalDist().inv_cdf((1 + level) / 2)
-    constant = 2 * math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(math.pi)
-    low, high = 0.0, math.pi / 2
+    constant = math.exp(math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2)) / math.sqrt(math.pi)
+
+    def inside(reach: float) -> float:
+        return constant * reach * float(_WEIGHTS @ np.cosh(reach / 2 * (_NODES + 1)) ** -dof)
+
+    high = 1 / math.sqrt(dof)
+    while inside(high) < level and high < 64:
+        high *= 2
+    low = 0.0
     for _ in range(60):
-        angle = (low + high) / 2
-        below = constant * angle / 2 * float(_WEIGHTS @ np.cos(angle / 2 * (_NODES + 1)) ** (dof - 1))
-        low, high = (angle, high) if below < level else (low, angle)
-    return math.sqrt(dof) * math.tan((low + high) / 2)
+        reach = (low + high) / 2
+        low, high = (reach, high) if inside(reach) < level else (low, reach)
+    return math.sqrt(dof) * math.sinh((low + high) / 2)
 
 
 def spread(samples: Tensor) -> Tensor:
