@@ -74,14 +74,16 @@ class Problem:
             return [leaf[None] for leaf in product([leaf[0] for leaf in rows])]
         return list(torch.func.vmap(product, randomness="same")(rows))
 
-    def slopes(self, theta: Leaves, a: Stack, b: Stack) -> list[Tensor | None]:
-        """Derivative of Σ_i ⟨a_i, H(θ) b_i⟩ by each tensor of θ, None for integers."""
-        moving = [i for i, x in enumerate(theta) if x.is_floating_point()]
+    def slopes(self, theta: Leaves, a: Stack, b: Stack, asked: Sequence[bool]) -> list[Tensor | None]:
+        """Derivative of Σ_i ⟨a_i, H(θ) b_i⟩ by each tensor of θ that is asked for, None for the others and integers."""
+        moving = [i for i, x in enumerate(theta) if x.is_floating_point() and asked[i]]
 
         def form(floats: Stack) -> Tensor:
             return tree.dots(a, self.products(_with(theta, moving, floats), b)).sum()
 
         out: list[Tensor | None] = [None] * len(theta)
+        if not moving:
+            return out
         with scope.untouched(theta[0].device), mended():
             for i, slope in zip(moving, torch.func.grad(form)([theta[i] for i in moving]), strict=True):
                 out[i] = slope
@@ -158,7 +160,7 @@ class _Rule(ABC):
     def value(self, inputs: Leaves) -> tuple[Tensor, ...]: ...
 
     @abstractmethod
-    def pull(self, inputs: Leaves, slopes: Leaves) -> list[Tensor | None]: ...
+    def pull(self, inputs: Leaves, slopes: Leaves, asked: Sequence[bool]) -> list[Tensor | None]: ...
 
     @abstractmethod
     def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]: ...
@@ -179,7 +181,8 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.rule.pull(ctx.saved_tensors, slopes)
+        of_theta = ctx.needs_input_grad[2 + ctx.rule.problem.count :]
+        return None, *ctx.rule.pull(ctx.saved_tensors, slopes, of_theta)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -198,9 +201,9 @@ class _Values(_Rule):
     def value(self, inputs: Leaves) -> tuple[Tensor, ...]:
         return (inputs[0].clone(),)
 
-    def pull(self, inputs: Leaves, slopes: Leaves) -> list[Tensor | None]:
+    def pull(self, inputs: Leaves, slopes: Leaves, asked: Sequence[bool]) -> list[Tensor | None]:
         _, rows, theta = self.pairs(inputs)
-        return [None] * (1 + len(rows)) + self.problem.slopes(theta, weighted(slopes[0], rows), rows)
+        return [None] * (1 + len(rows)) + self.problem.slopes(theta, weighted(slopes[0], rows), rows, asked)
 
     def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         _, rows, theta = self.pairs(inputs)
@@ -213,10 +216,10 @@ class _Vectors(_Rule):
     def value(self, inputs: Leaves) -> tuple[Tensor, ...]:
         return tuple(leaf.clone() for leaf in self.split(inputs)[1])
 
-    def pull(self, inputs: Leaves, slopes: Leaves) -> list[Tensor | None]:
+    def pull(self, inputs: Leaves, slopes: Leaves, asked: Sequence[bool]) -> list[Tensor | None]:
         values, rows, theta = self.pairs(inputs)
         turned = self.resolvent(values, rows, theta, list(slopes))
-        return [None] * (1 + len(rows)) + self.problem.slopes(theta, turned, rows)
+        return [None] * (1 + len(rows)) + self.problem.slopes(theta, turned, rows, asked)
 
     def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         values, rows, theta = self.pairs(inputs)
@@ -236,14 +239,19 @@ class _Complement(_Rule):
         values, rows, theta, right = self.split(inputs)
         return tuple(_conjugate_gradients(self.problem, values, rows, theta, right))
 
-    def pull(self, inputs: Leaves, slopes: Leaves) -> list[Tensor | None]:
+    def pull(self, inputs: Leaves, slopes: Leaves, asked: Sequence[bool]) -> list[Tensor | None]:
         values, rows, theta, right = self.split(inputs)
         gx = list(slopes)
         x = self.complement(values, rows, theta, right)
         p = self.complement(values, rows, theta, gx)
         mu, nu = tree.gram(right, rows), tree.gram(gx, rows)
         turned = tree.add(tree.combine(mu.mT, p), tree.combine(nu.mT, x))
-        return [-tree.dots(p, x), *tree.scale(-1.0, turned), *self.problem.slopes(theta, p, x), *p]
+        return [
+            -tree.dots(p, x),
+            *tree.scale(-1.0, turned),
+            *self.problem.slopes(theta, p, x, asked),
+            *p,
+        ]
 
     def push(self, inputs: Leaves, tangents: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         values, rows, theta, right = self.split(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import optree
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
-from eigenfunc import EigenPairs, sharpness, top_eigenpairs, tree
+from eigenfunc import EigenPairs, hvp, sharpness, top_eigenpairs, tree
 from eigenfunc.errors import InputError, TransformError, TreeError
 
 
@@ -187,6 +189,28 @@ def test_the_gradient_of_sharpness_evaluates_the_loss_once_and_keeps_no_graph_of
         return count
 
     assert nodes(4) == nodes(16) < 20
+
+
+def test_the_gradient_of_sharpness_multiplies_no_more_than_four_products() -> None:
+    """By the counts of matrix multiplications and convolutions; the batch has a slope if asked for."""
+
+    def convolved(p: Any, batch: Tensor) -> Tensor:
+        hidden = torch.tanh(F.conv2d(torch.tanh(F.conv2d(batch, p["w"])), p["u"]))
+        return F.cross_entropy(hidden.flatten(1) @ p["a"], torch.arange(6) % 3)
+
+    params = {"w": draw(4, 4, 3, 3, seed=1), "u": draw(4, 4, 3, 3, seed=2), "a": draw(64, 3, seed=3)}
+    x, v = draw(6, 4, 8, 8, seed=4), {name: draw(*leaf.shape, seed=5) for name, leaf in params.items()}
+
+    def value(p: Any, x: Tensor) -> Tensor:
+        return sharpness(convolved, p, x, num_steps=4, v0=v)
+
+    def flops(task: Callable[..., Any], *more: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            task(params, x, *more)
+        return counter.get_total_flops()
+
+    product, plain = flops(partial(hvp, convolved), v), flops(value)
+    assert plain < flops(grad(value)) < flops(grad(value, (0, 1))) < plain + 3 * product
 
 
 def graph(node: Any, seen: set[Any] | None = None) -> Iterator[Any]:
