@@ -85,8 +85,8 @@ def counted_reads() -> Iterator[Reads]:
 
         return counting
 
-    def allocated(block: Any, num_rows: int) -> Any:
-        out = allocate(block, num_rows)
+    def allocated(*args: Any) -> Any:
+        out = allocate(*args)
         reads.storage = out.untyped_storage().data_ptr()
         return out
 
