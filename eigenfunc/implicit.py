@@ -125,7 +125,7 @@ def _check_derivatives(theta: Leaves, order: int) -> None:
 
 def _stacked(v0: Tree, params: Tree) -> bool:
     ours, theirs = tree.leaves(v0), tree.leaves(params)
-    return bool(ours) and isinstance(ours[0], Tensor) and ours[0].ndim == theirs[0].ndim + 1
+    return len(ours) > 0 and isinstance(ours[0], Tensor) and ours[0].ndim == theirs[0].ndim + 1
 
 
 class _Found(NamedTuple):

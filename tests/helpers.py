@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eigenfunc import Solution, tree
 
@@ -18,7 +19,7 @@ def dense_hessian(loss: Callable[[Params], Tensor], params: Params) -> Tensor:
     """Hessian by plain double backward, one row at a time, in the order of the sorted names."""
     order = sorted(params)
     leaves = {name: params[name].detach().clone().requires_grad_() for name in order}
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         slopes = torch.autograd.grad(
             loss(leaves), list(leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True
         )

@@ -104,6 +104,14 @@ class Constants(TorchFunctionMode):
         return out
 
 
+# what runs before and after a checkpointed function; the second name is that of torch 2.14
+_GENERATORS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+
+
+def _nothing_around() -> Iterator[None]:
+    yield
+
+
 class _PlainCheckpoints:
     """`torch.utils.checkpoint` calls its function plainly, in the threads that ask for it.
 
@@ -141,24 +149,24 @@ class _PlainCheckpoints:
             self._depth += 1
             if self._depth > 1:
                 return
-            generator, function = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
-            self._originals = {
-                "_checkpoint_without_reentrant_generator": generator,
-                "CheckpointFunction": function,
-            }
+            generators = {name: getattr(module, name) for name in _GENERATORS if hasattr(module, name)}
+            function = module.CheckpointFunction
+            self._originals = {**generators, "CheckpointFunction": function}
 
-            def plain(*args: Any, **kwargs: Any) -> Iterator[None]:
-                if self._met():
-                    return iter([None])
-                hooked: Iterator[None] = generator(*args, **kwargs)
-                return hooked
+            def plain(generator: Callable[..., Iterator[None]]) -> Callable[..., Iterator[None]]:
+                def called(*args: Any, **kwargs: Any) -> Iterator[None]:
+                    return _nothing_around() if self._met() else generator(*args, **kwargs)
+
+                return called
 
             class Plain:
                 @staticmethod
                 def apply(f: Callable[..., Any], preserve: bool, *args: Any) -> Any:
                     return f(*args) if self._met() else function.apply(f, preserve, *args)
 
-            module._checkpoint_without_reentrant_generator, module.CheckpointFunction = plain, Plain
+            module.CheckpointFunction = Plain
+            for name, generator in generators.items():
+                setattr(module, name, plain(generator))
 
     def _leave(self) -> None:
         with self._lock:
