@@ -10,15 +10,7 @@ from torch.func import grad, jvp, vmap
 
 import eigenfunc
 from eigenfunc import tree
-
-
-def symmetric(n: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    g = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return ((g + g.mT) / 2).to(dtype)
-
-
-def vector(n: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from tests.helpers import nested, on_tree, symmetric, vector
 
 
 def tridiagonal(run: eigenfunc.Tridiagonal) -> Tensor:
@@ -41,11 +33,11 @@ def test_the_recurrence_holds_and_the_basis_is_orthonormal(n: int, seed: int, da
 
 def test_a_tree_gives_what_its_flat_vector_gives() -> None:
     A, v = symmetric(12, 0), vector(12, 1)
-    like = {"z": torch.zeros(2, 3).double(), "a": [torch.zeros(5).double(), torch.zeros(1).double()]}
+    like = nested(12)
     flat = eigenfunc.lanczos(lambda x: A @ x, v, 6)
-    nested = eigenfunc.lanczos(lambda x: tree.unravel(A @ tree.ravel(x, like), like), tree.unravel(v, like), 6)
-    assert torch.allclose(flat.alphas, nested.alphas, atol=1e-13, rtol=0)
-    assert torch.allclose(flat.basis, tree.ravel(nested.basis, like), atol=1e-12, rtol=0)
+    shaped = eigenfunc.lanczos(on_tree(A, like), tree.unravel(v, like), 6)
+    assert torch.allclose(flat.alphas, shaped.alphas, atol=1e-13, rtol=0)
+    assert torch.allclose(flat.basis, tree.ravel(shaped.basis, like), atol=1e-12, rtol=0)
 
 
 def test_sixty_steps_on_a_spread_spectrum_bring_no_second_copy() -> None:

@@ -13,16 +13,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_
 from eigenfunc import hvp, tree
 from eigenfunc.krylov.quadrature import Quadrature, quadrature
 from eigenfunc.testing import spectrum
-from tests.helpers import dense_hessian, flat, random_like, rotated
-
-
-def symmetric(n: int, seed: int) -> Tensor:
-    g = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (g + g.mT) / 2
-
-
-def vector(n: int, seed: int) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.helpers import dense_hessian, flat, mlp, nested, normal, on_tree, rotated, symmetric, vector
 
 
 def rule(A: Tensor, v: Tensor, m: int) -> Quadrature:
@@ -83,13 +74,13 @@ def test_a_zero_vector_and_an_eigenvector() -> None:
 
 
 def test_a_tree_in_float32_gives_what_its_flat_vector_gives() -> None:
-    like = {"z": torch.zeros(2, 3), "a": [torch.zeros(5), torch.zeros(())]}
+    like = nested(12, torch.float32)
     A, v = symmetric(12, 0), vector(12, 1).float()
-    nested = quadrature(lambda x: tree.unravel(A.float() @ tree.ravel(x, like), like), tree.unravel(v, like), 6)
+    shaped = quadrature(on_tree(A.float(), like), tree.unravel(v, like), 6)
     exact = rule(A, v.double(), 6)
-    assert nested.nodes.dtype == torch.float64
-    assert torch.allclose(nested.nodes, exact.nodes, atol=1e-5, rtol=0)
-    assert torch.allclose(nested.weights, exact.weights, atol=1e-4, rtol=0)
+    assert shaped.nodes.dtype == torch.float64
+    assert torch.allclose(shaped.nodes, exact.nodes, atol=1e-5, rtol=0)
+    assert torch.allclose(shaped.weights, exact.weights, atol=1e-4, rtol=0)
 
 
 CASES = {
@@ -147,26 +138,15 @@ def test_vmap_over_start_vectors_matrices_and_gradients_equals_the_loop() -> Non
         assert torch.allclose(slopes[i], grad(lambda A, v: integral(A, v, 4))(A, v), atol=1e-11, rtol=0)
 
 
-def networks() -> tuple[torch.nn.Module, list[torch.nn.Module], Tensor, Tensor]:
-    def made(seed: int) -> torch.nn.Module:
-        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
-        for i, p in enumerate(net.parameters()):
-            p.data = random_like({"p": p.data}, 10 * seed + i)["p"]
-        return net
-
-    inputs, targets = random_like({"x": torch.zeros(8, 3).double(), "y": torch.zeros(8, 2).double()}, 99).values()
-    return made(0), [made(1), made(2), made(3)], inputs, targets
-
-
 def test_vmap_over_models_equals_the_loop_and_the_dense_hessians() -> None:
-    base, models, inputs, targets = networks()
+    base, *models = (mlp(sizes=(3, 4, 2), seed=seed) for seed in range(4))
+    batch = normal(8, 3, seed=1), normal(8, 2, seed=2)
 
     def loss(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         return ((functional_call(base, params, batch[0]) - batch[1]) ** 2).mean()
 
-    batch = (inputs, targets)
     stacked: dict[str, Any] = {k: v.detach() for k, v in stack_module_state(models)[0].items()}
-    v0 = random_like({name: leaf[0] for name, leaf in stacked.items()}, 5)
+    v0 = {name: normal(*leaf.shape[1:], seed=i) for i, (name, leaf) in enumerate(stacked.items())}
 
     def one(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         nodes, weights = quadrature(lambda v: hvp(loss, params, batch, v), v0, 6)
