@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from eigenfunc import Estimate, LinearOperator, Solution, tree
+from eigenfunc.testing.problems import select
 
 Params = dict[str, Tensor]
 ZERO = torch.zeros(()).double()
@@ -93,22 +94,22 @@ def slope(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda t: jvp(f, (t,), (torch.ones_like(t),))[1]
 
 
-def dense_hessian(loss: Callable[[Params], Tensor], params: Params) -> Tensor:
-    """Hessian by plain double backward, one row at a time, in the order of the sorted names."""
-    order = sorted(params)
-    leaves = {name: params[name].detach().clone().requires_grad_() for name in order}
-    with torch.enable_grad():
-        slopes = torch.autograd.grad(
-            loss(leaves), list(leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        flat = torch.cat([slope.reshape(-1) for slope in slopes])
-        rows = []
-        for entry in flat:
-            row = torch.autograd.grad(
-                entry, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            rows.append(torch.cat([block.reshape(-1) for block in row]))
+def second_derivatives(value: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """The dense Hessian of a value by its leaves, by plain double backward, one row at a time."""
+    options: Any = {"allow_unused": True, "materialize_grads": True}
+    slopes = torch.autograd.grad(value, leaves, create_graph=True, **options)
+    rows = []
+    for entry in torch.cat([slope.reshape(-1) for slope in slopes]):
+        row = torch.autograd.grad(entry, leaves, retain_graph=True, **options)
+        rows.append(torch.cat([block.reshape(-1) for block in row]))
     return torch.stack(rows)
+
+
+def dense_hessian(loss: Callable[[Params], Tensor], params: Params) -> Tensor:
+    """In the order of the sorted names."""
+    leaves = {name: params[name].detach().clone().requires_grad_() for name in sorted(params)}
+    with torch.enable_grad():
+        return second_derivatives(loss(leaves), list(leaves.values()))
 
 
 def dense_ggn(
@@ -223,14 +224,7 @@ def rotated(values: Tensor, seed: int, dtype: torch.dtype = torch.float64) -> Te
 
 def wanted(values: Tensor, k: int, which: str) -> Tensor:
     rising = values.double().sort().values
-    if which == "LM":
-        return rising[torch.argsort(rising.abs(), descending=True, stable=True)][:k]
-    if which == "SA":
-        return rising[:k]
-    falling = rising.flip(0)
-    if which == "LA":
-        return falling[:k]
-    return torch.cat([falling[: (k + 1) // 2], falling[len(falling) - k // 2 :]])
+    return rising[select(rising, k, which)]
 
 
 def assert_certified(solution: Solution, A: Tensor, k: int, which: str) -> None:

@@ -20,11 +20,7 @@ from eigenfunc import hessian, hvp
 from eigenfunc.curvature import elementary, products
 from eigenfunc.curvature.mends import MENDS, Seen, mended
 from eigenfunc.errors import ProductError
-
-
-def normal(*shape: int, seed: int = 7) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
+from tests.helpers import normal
 
 X = normal(4, 6)
 LABELS = torch.tensor([0, 2, 1, 5])

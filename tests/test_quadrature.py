@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
-from eigenfunc import hvp, tree
+from eigenfunc import tree
 from eigenfunc.krylov.quadrature import Quadrature, quadrature
 from eigenfunc.testing import spectrum
-from tests.helpers import dense_hessian, flat, mlp, nested, normal, on_tree, rotated, symmetric, vector
+from tests.helpers import nested, on_tree, rotated, symmetric, vector
 
 
 def rule(A: Tensor, v: Tensor, m: int) -> Quadrature:
@@ -136,37 +134,3 @@ def test_vmap_over_start_vectors_matrices_and_gradients_equals_the_loop() -> Non
         assert torch.allclose(nodes[i], single.nodes, atol=1e-13, rtol=0)
         assert torch.allclose(weights[i], single.weights, atol=1e-13, rtol=0)
         assert torch.allclose(slopes[i], grad(lambda A, v: integral(A, v, 4))(A, v), atol=1e-11, rtol=0)
-
-
-def test_vmap_over_models_equals_the_loop_and_the_dense_hessians() -> None:
-    base, *models = (mlp(sizes=(3, 4, 2), seed=seed) for seed in range(4))
-    batch = normal(8, 3, seed=1), normal(8, 2, seed=2)
-
-    def loss(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-        return ((functional_call(base, params, batch[0]) - batch[1]) ** 2).mean()
-
-    stacked: dict[str, Any] = {k: v.detach() for k, v in stack_module_state(models)[0].items()}
-    v0 = {name: normal(*leaf.shape[1:], seed=i) for i, (name, leaf) in enumerate(stacked.items())}
-
-    def one(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        nodes, weights = quadrature(lambda v: hvp(loss, params, batch, v), v0, 6)
-        return nodes, weights
-
-    nodes, weights = vmap(one)(stacked)
-    for i, model in enumerate(models):
-        params = {name: p.detach() for name, p in model.named_parameters()}
-        single = one(params)
-        assert torch.allclose(nodes[i], single[0], atol=1e-11, rtol=0)
-        assert torch.allclose(weights[i], single[1], atol=1e-10, rtol=0)
-        H, v = dense_hessian(lambda p: loss(p, batch), params), flat(v0)
-        for power in (1, 5, 11):
-            exact = v @ torch.linalg.matrix_power(H, power) @ v
-            assert abs((weights[i] * nodes[i] ** power).sum() - exact) < 1e-10 * abs(exact)
-
-
-def test_the_compiler_takes_it_whole() -> None:
-    A, v = symmetric(6, 0), vector(6, 1)
-    compiled = torch.compile(rule, fullgraph=True, backend="aot_eager")
-    found, exact = compiled(A, v, 3), rule(A, v, 3)
-    assert torch.allclose(found.nodes, exact.nodes, atol=1e-13, rtol=0)
-    assert torch.allclose(found.weights, exact.weights, atol=1e-13, rtol=0)

@@ -11,10 +11,9 @@ import scipy.stats
 import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vmap
+from torch.func import vmap
 
 from eigenfunc.errors import InputError, NonFiniteError, TransformError, TreeError
-from eigenfunc.krylov.probes import trace_probes
 from eigenfunc.operator import LinearOperator, aslinearoperator
 from eigenfunc.stochastic.estimate import Estimate, quantile
 from eigenfunc.stochastic.trace import frobenius_norm, trace
@@ -189,29 +188,3 @@ def test_refusals() -> None:
         trace(LinearOperator(lambda v: v[:3], torch.zeros(9)), num_matvecs=4)
     with pytest.raises(TransformError, match="trace_probes"):
         vmap(lambda c: torch.tensor(trace(lambda v: c * v, num_matvecs=4).value))(torch.ones(3))
-
-
-_g = torch.Generator().manual_seed(0)
-PROBES = {"a": torch.randn(6, 2, generator=_g).double(), "b": torch.randn(6, 3, generator=_g).double()}
-
-
-def _samples(weights: Tensor) -> Tensor:
-    """Of A = diag(w²) over two leaves, plus the rank-one matrix of ones on the second."""
-    return trace_probes(
-        lambda v: {"a": weights[:2] ** 2 * v["a"], "b": weights[2:] ** 2 * v["b"] + v["b"].sum()}, PROBES
-    )
-
-
-def test_samples_of_the_trace_compose_with_transforms() -> None:
-    w = torch.linspace(1, 2, 5).double()
-    z = torch.cat([PROBES["a"], PROBES["b"]], dim=1)
-    truth = (z**2) @ w**2 + z[:, 2:].sum(1) ** 2
-    slope = 2 * z**2 * w
-    assert torch.allclose(_samples(w), truth, rtol=1e-12)
-    assert torch.allclose(jacrev(_samples)(w), slope, rtol=1e-12)
-    assert torch.allclose(grad(lambda x: _samples(x).mean())(w), slope.mean(0), rtol=1e-12)
-    assert torch.allclose(jvp(_samples, (w,), (torch.ones_like(w),))[1], slope.sum(1), rtol=1e-12)
-    both = torch.stack([w, 2 * w])
-    assert torch.allclose(vmap(_samples)(both), torch.stack([_samples(x) for x in both]), rtol=1e-12)
-    compiled = torch.compile(_samples, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(w), truth, rtol=1e-12)
