@@ -17,6 +17,7 @@ from tests.helpers import (
     Params,
     assert_blocks_close,
     dense_hessian,
+    difference,
     flat,
     normal,
     plain,
@@ -137,13 +138,12 @@ def by_differences(model: nn.Module, value: Callable[[Any], Tensor], params: Par
     """Fourth-order central differences of ordinary gradients: no second derivative is asked of autograd."""
     loss = plain(model, value)
 
-    def slope(t: float) -> Tensor:
+    def slope(t: Tensor) -> Tensor:
         leaves = {name: (params[name] + t * v[name]).requires_grad_() for name in params}
         slopes = torch.autograd.grad(loss(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return flat(dict(zip(leaves, slopes, strict=True)))
 
-    h = 3e-5
-    return (8 * (slope(h) - slope(-h)) - (slope(2 * h) - slope(-2 * h))) / (12 * h)
+    return difference(slope, 3e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
