@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from eigenfunc import tree
-from eigenfunc.certificate import Products, non_finite, whole
+from eigenfunc.certificate import Products, whole
 from eigenfunc.endgame import Probe, Proof, prove
-from eigenfunc.errors import NonFiniteError
 from eigenfunc.krylov import basis, span
 from eigenfunc.krylov.lobpcg import LobpcgState
 from eigenfunc.krylov.subspace import SubspaceState
@@ -75,8 +74,7 @@ def look(run: Run, state: SubspaceState | LobpcgState) -> tuple[Tensor, Tensor]:
     figures = torch.stack([state.anorm, state.asym, state.finite.double()])
     host = torch.cat([state.values, state.residuals, figures]).cpu()
     anorm, asym, finite = host[2 * b :].tolist()
-    if not finite:
-        raise NonFiniteError(non_finite(run.products.matvecs))
+    run.products.check_finite(bool(finite))
     run.anorm, run.asym = max(run.anorm, anorm), max(run.asym, asym)
     return host[:b], host[b : 2 * b]
 

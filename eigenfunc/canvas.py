@@ -29,6 +29,15 @@ def new_axes(width: float = 8, height: float = 4.8) -> Any:
     return figure.add_subplot()
 
 
+def finish(axes: Any, title: str, x: str, y: str, lines: Literal["both", "y"] = "both", **legend: Any) -> Any:
+    """Labels, a light grid, a legend, and no frame above and to the right."""
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(axis=lines, color=GRID, lw=0.6)
+    axes.legend(edgecolor=GRID, framealpha=0.9, **legend)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
 def signed_log(axes: Any, which: Literal["x", "y"], unit: float, low: float, high: float, linear: float) -> None:
     """A scale that is linear up to ±unit, a power of ten, and logarithmic beyond, with ticks that have room.
 

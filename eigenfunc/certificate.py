@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from eigenfunc import scope, storage, tree
 from eigenfunc.distributed.columns import Columns
@@ -61,6 +63,13 @@ class Products:
         with tree.summed(None):
             return tree.lifted(self.A.matvec(tree.row(vs, 0))) if block.shape[0] == 1 else self.A.matmat(vs)
 
+    @contextmanager
+    def at_work(self, what: str = "", progress: bool = False) -> Iterator[Any]:
+        """Within, nothing is differentiated and no autocast from outside counts; yields a progress bar of products."""
+        bar = tqdm(disable=not progress, desc=what, unit=" products", leave=False)
+        with scope.full_precision(self.device), torch.no_grad(), bar:
+            yield bar
+
     def summed(self) -> AbstractContextManager[None]:
         """Within, inner products of parts are those of whole vectors."""
         return tree.summed(None if self.columns is None else self.columns.total)
@@ -107,11 +116,16 @@ class Products:
         flat = tree.ravel(image, self.A.like)
         largest = float(flat.abs().max())
         if not math.isfinite(largest):
-            raise NonFiniteError(non_finite(0))
+            raise NonFiniteError(_non_finite(0))
         comfortable = torch.finfo(self.dtype).tiny ** 0.25
         if largest > 0 and not comfortable < largest < 1 / comfortable:
             self.scale = 2.0 ** math.floor(math.log2(largest))
         return self.cut(flat / self.scale)
+
+    def check_finite(self, finite: bool, where: str = "") -> None:
+        """`NonFiniteError`, which counts the products, unless what came of the last of them is finite."""
+        if not finite:
+            raise NonFiniteError(where + _non_finite(self.matvecs))
 
     @property
     def roundoff(self) -> float:
@@ -142,11 +156,24 @@ class Products:
         return max(max(2 * self.eps, 64 * _EPS, noise) * anorm, 2 * self.declared)
 
 
-def non_finite(index: int) -> str:
+def _non_finite(index: int) -> str:
     return (
         f"product {index} with the matrix holds NaN or infinity. Look for operations without a second derivative at "
         "this point (sqrt or norm at 0, x ** p), or for overflow: try float64, or a smaller batch to find the sample"
     )
+
+
+def not_symmetric(skew: float, explained: float) -> str:
+    """What to say of a departure from symmetry, relative to ‖A‖."""
+    return (
+        f"⟨u, A v⟩ and ⟨v, A u⟩ differ by {skew:.1e} of ‖A‖, where rounding explains {explained:.1e}; what is returned "
+        "belongs to no such A. Use (A + Aᵀ)/2, or find what makes the products inconsistent"
+    )
+
+
+def where_due(large: Tensor) -> bool:
+    """A second Gram–Schmidt pass where it is due; always on accelerators, where asking would stall them."""
+    return large.device.type != "cpu" or bool(large)
 
 
 class Certified(NamedTuple):
@@ -165,16 +192,14 @@ def certify(products: Products, x: Tensor) -> Certified:
     x = basis.orthonormalise(x)
     image = _images(products, x)
     g = tree.exact_gram(x, image)
-    if not bool(torch.isfinite(g).all()):
-        raise NonFiniteError(non_finite(products.matvecs))
+    products.check_finite(bool(torch.isfinite(g).all()))
     values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
     turn = u.mT.to(x.device)
     x, image = tree.combine(turn, x), tree.combine(turn, image)
     shift = values.to(x)[:, None]
     parts = [tree.norms(image[:, piece] - shift * x[:, piece]) for piece in storage.pieces(image, x)]
     residuals = torch.linalg.vector_norm(torch.stack(parts), dim=0).cpu()
-    if not bool(torch.isfinite(residuals).all()):
-        raise NonFiniteError(non_finite(products.matvecs))
+    products.check_finite(bool(torch.isfinite(residuals).all()))
     off = tree.exact_gram(x, x) - torch.eye(len(values), dtype=torch.float64, device=x.device)
     return Certified(values, x, image, residuals, float((g - g.mT).abs().max()), float(off.abs().max()))
 

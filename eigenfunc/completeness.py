@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from eigenfunc import tree
-from eigenfunc.certificate import Products, non_finite
+from eigenfunc.certificate import Products
 from eigenfunc.chance import escape, together
-from eigenfunc.errors import NonFiniteError
 from eigenfunc.krylov import basis
 from eigenfunc.plan import PROBE, PROBES, Plan, Side
 
@@ -94,10 +93,6 @@ class Halfway(NamedTuple):
 Keep = Callable[[Callable[[], Halfway]], None]
 
 
-def _forget(halfway: Callable[[], Halfway]) -> None:
-    return None
-
-
 class Points(NamedTuple):
     """Where nothing may lie beyond: `claims` are the limits that follow if nothing is beyond the `tests`."""
 
@@ -114,7 +109,7 @@ def search(
     anorm: float,
     generator: torch.Generator,
     most: int,
-    keep: Keep = _forget,
+    keep: Keep = lambda halfway: None,
     halfway: Halfway | None = None,
 ) -> Finding:
     """Count the eigenvalues beyond the innermost wanted ones, with some `most` products.
@@ -300,10 +295,7 @@ class Chain:
         basis.write(self.rows, count, vectors)
         self.held = self.rows[: count + len(vectors)]
 
-    def __iter__(self) -> Iterator[None]:
-        return self.steps(lambda chain: None)
-
-    def steps(self, between: Callable[[Chain], None]) -> Iterator[None]:
+    def steps(self, between: Callable[[Chain], None] = lambda chain: None) -> Iterator[None]:
         """One product after the other, until the space is used up; `between` is called before each."""
         while self.betas[-1:] != [0.0]:
             between(self)
@@ -317,8 +309,7 @@ class Chain:
             if beta < 0.1 * length:
                 w = self._outside(w)
                 beta = float(tree.norm(w))
-            if not math.isfinite(alpha + beta):
-                raise NonFiniteError(non_finite(self.products.matvecs))
+            self.products.check_finite(math.isfinite(alpha + beta))
             if self.length < self.room:
                 self._hold(q.reshape(1, -1))
             self.alphas.append(alpha)

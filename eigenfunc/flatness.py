@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from eigenfunc import tree
 from eigenfunc.certificate import seeded, whole
 from eigenfunc.curvature.ggn import ggn
@@ -175,6 +173,7 @@ def flatness(
         top_vector=tree.row(solution.vectors, 0),
         seed=seed,
     )
+    ridge = [model.offset, -model.offset]  # where the slope is small the model does not tell its two ends apart
     return Flatness(
         n=H.size,
         loss=float(rises.losses(slope.new_zeros(0, H.size))[0]),
@@ -185,9 +184,7 @@ def flatness(
         dimension_of="Hessian" if curved is None else "Gauss–Newton matrix",
         delta=delta,
         rho=rho,
-        worst=worst_sharpness(
-            loss, params, data, rho=rho, num_steps=num_steps, starts=_both_ways(model.offset), seed=seed
-        ),
+        worst=worst_sharpness(loss, params, data, rho=rho, num_steps=num_steps, starts=ridge, seed=seed),
         model=model,
         average=average_sharpness(loss, params, data, rho=rho, sigma=sigma, num_samples=num_samples, seed=seed),
         sigma=sigma,
@@ -203,11 +200,6 @@ def _dimension(matrix: Any, delta: float | None, num_matvecs: int, seed: int) ->
         return effective_dimension(matrix, delta=delta, num_probes=probes, num_steps=_STEPS, seed=seed)
     except InputError:  # a Ritz value below zero
         return None
-
-
-def _both_ways(offset: Tensor) -> list[Tensor]:
-    """Where the slope is small the model does not tell the two ends of its ridge apart."""
-    return [offset, -offset]
 
 
 def _interval(estimate: Estimate[float]) -> tuple[str, str, str]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, non_finite, unit_vector, whole
-from eigenfunc.errors import InputError, NonFiniteError, NotConverged
+from eigenfunc import tree
+from eigenfunc.certificate import Products, unit_vector, whole
+from eigenfunc.errors import InputError, NotConverged
 from eigenfunc.krylov import lanczos as kernel
 from eigenfunc.tree import Tree
 
@@ -62,7 +62,7 @@ def funm_multiply(
     products = Products(A)
     most = min(whole(num_steps, "num_steps", 1), products.size)
     start, length = unit_vector(products, v, "v")
-    with scope.full_precision(products.device), torch.no_grad():
+    with products.at_work():
         if length == 0:
             return FunctionProduct(tree.zeros_like(v), 0.0, True, 0)
         image = products.first(start)
@@ -96,8 +96,7 @@ def _look(state: kernel.State, f: Function, j: int, products: Products) -> tuple
     figures = torch.cat([torch.stack([state.anorm, state.finite.double(), state.alive[j]]), state.t[:j, :j].flatten()])
     host = figures.cpu()
     anorm, finite, alive = host[:3].tolist()
-    if not finite:
-        raise NonFiniteError(non_finite(products.matvecs))
+    products.check_finite(bool(finite))
     theta, s = torch.linalg.eigh(host[3:].reshape(j, j))
     noise = max(8 * products.eps, 4 * tree.coarsest_eps(products.A.like)) * anorm + products.declared
     values = evaluated(f, theta, noise, products.scale)

@@ -1,13 +1,7 @@
 """Eigenpairs of a Hessian as differentiable functions of the parameters and of the batch.
 
 The pairs come from Lanczos on detached tensors; their derivatives come from the equation that defines them and not
-from the iterations, so they cost a few products and no graph of the steps:
-
-    dλ_i = ⟨v_i, dH v_i⟩,    dv_i = (λ_i − H)⁺ dH v_i
-
-J. Magnus, Econometric Theory 1 (1985), 179–191. The reduced resolvent (λ_i − H)⁺ is a sum over the other pairs that are
-known and, on what is orthogonal to all of them, a system that conjugate gradients solve. It is a function with
-derivatives of its own, so that second derivatives are right too.
+from the iterations, so they cost a few products and no graph of the steps: see `eigenfunc.perturbation`.
 """
 
 from __future__ import annotations

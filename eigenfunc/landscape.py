@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ def landscape(
     with scope.untouched(device):
         point = scope.usable(tree.tree_map(lambda leaf: leaf.detach(), params))
         reader = Reader(as_batches(data).on(device), device)
-        centre = float(_losses(loss, point, reader, directions, torch.zeros(1, len(chosen)), progress)[0])
+        centre = float(losses_at(loss, point, reader, lambda i: point, 1)[0])
         if not math.isfinite(centre):
             raise DataError(f"the loss at the parameters is {centre}: there is no landscape around it")
         values = solution.values[list(chosen)]
@@ -81,7 +81,11 @@ def landscape(
         offsets = torch.linspace(-reach, reach, points, dtype=torch.float64)
         offsets[points // 2] = 0.0
         grid = torch.cartesian_prod(*[offsets] * len(chosen)).reshape(-1, len(chosen))
-        losses = _losses(loss, point, reader, directions, grid, progress)
+        batches: Any = reader.batches.data
+        sized = hasattr(batches, "__len__") and reader.batches.microbatch is None
+        total = len(grid) * len(batches) if sized else None
+        with tqdm(disable=not progress, total=total, desc="landscape", unit=" losses", leave=False) as bar:
+            losses = losses_at(loss, point, reader, lambda i: _moved(point, directions, grid[i]), len(grid), bar.update)
     losses = losses.reshape([points] * len(chosen))
     return Landscape(offsets, losses, _model(offsets, losses, values))
 
@@ -92,25 +96,22 @@ def _reach(centre: float, curvature: float, length: float) -> float:
     return 0.1 * length or 1.0
 
 
-def _losses(loss: Loss, point: Tree, reader: Reader, directions: Tree, grid: Tensor, progress: bool) -> Tensor:
-    """The losses (p,), float64, at the points whose coordinates along the directions (d, *leaf) are `grid` (p, d)."""
-    data: Any = reader.batches.data
-    count = len(grid) * len(data) if hasattr(data, "__len__") and reader.batches.microbatch is None else None
-    with tqdm(disable=not progress, total=count, desc="landscape", unit=" losses", leave=False) as bar:
+def losses_at(
+    loss: Loss, point: Tree, reader: Reader, at: Callable[[int], Tree], count: int, tick: Callable[[], Any] = int
+) -> Tensor:
+    """The losses (count,), float64 on the CPU, at points near `point`, in one pass over the data: on each batch all see
+    the same random numbers."""
 
-        def along(index: int, batch: Any) -> Tensor:
-            f = of_leaves(loss, batch, point, reader.seed + index)
-            found = []
-            for coordinates in grid:
-                found.append(evaluated(f, tree.leaves(_moved(point, directions, coordinates))))
-                bar.update()
-            return torch.stack(found).cpu()
+    def along(index: int, batch: Any) -> Tensor:
+        f = of_leaves(loss, batch, point, reader.seed + index)
+        found = []
+        for i in range(count):
+            found.append(evaluated(f, tree.leaves(at(i))))
+            tick()
+        return torch.stack(found).cpu()
 
-        def parts() -> Iterator[tuple[float, Callable[[], Tensor]]]:
-            for index, weight, batch in reader.one_pass():
-                yield weight, partial(along, index, batch)
-
-        total: Tensor = average(parts(), reader.batches.reduction)
+    parts = ((weight, partial(along, index, batch)) for index, weight, batch in reader.one_pass())
+    total: Tensor = average(parts, reader.batches.reduction)
     return total
 
 

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from eigenfunc import block_loop, scope, tree
+from eigenfunc import block_loop, tree
 from eigenfunc.certificate import Certified, Products, seeded, start_block, whole
 from eigenfunc.completeness import Finding, Limits
 from eigenfunc.errors import InputError
@@ -75,11 +74,7 @@ def lobpcg(
 
     matmat = _sparing(lambda block: sign * products(block))
 
-    with (
-        scope.full_precision(products.device),
-        torch.no_grad(),
-        tqdm(disable=not progress, desc=f"lobpcg {which}", unit=" products", leave=False) as bar,
-    ):
+    with products.at_work(f"lobpcg {which}", progress) as bar:
         precondition = None if preconditioner is None else _mapped(preconditioner, products, generator)
         products.calibrate(generator)
         run = Run(plan, products, generator, None)

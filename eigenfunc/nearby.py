@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +11,10 @@ from torch import Generator, Tensor
 
 from eigenfunc import scope, tree
 from eigenfunc.certificate import seeded, whole
-from eigenfunc.curvature.products import Loss, of_leaves
-from eigenfunc.curvature.rehearsal import evaluated
-from eigenfunc.data import Reader, as_batches, average
+from eigenfunc.curvature.products import Loss
+from eigenfunc.data import Reader, as_batches
 from eigenfunc.errors import DataError, InputError
+from eigenfunc.landscape import losses_at
 from eigenfunc.overlap import gradient
 from eigenfunc.stochastic.estimate import Estimate, spread
 from eigenfunc.tree import Tree
@@ -47,17 +46,13 @@ class Rises:
         """(1 + p,): the loss at θ, and at each θ + δ. `DataError` where the first is not finite."""
         with scope.untouched(self.device):
             reader = Reader(as_batches(self.data).on(self.device), self.device)
-
-            def along(index: int, batch: Any) -> Tensor:
-                f = of_leaves(self._watched, batch, self.point, reader.seed + index)
-                points = [self.point, *map(self.moved, offsets)]
-                return torch.stack([evaluated(f, tree.leaves(point)) for point in points]).cpu()
-
-            def parts() -> Iterator[tuple[float, Callable[[], Tensor]]]:
-                for index, weight, batch in reader.one_pass():
-                    yield weight, partial(along, index, batch)
-
-            found: Tensor = average(parts(), reader.batches.reduction)
+            found = losses_at(
+                self._watched,
+                self.point,
+                reader,
+                lambda i: self.moved(offsets[i - 1]) if i else self.point,
+                1 + len(offsets),
+            )
         if not math.isfinite(float(found[0])):
             raise DataError(f"the loss at the parameters is {float(found[0])}: nothing around it is above or below")
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -36,12 +35,11 @@ def gradient(loss: Loss, params: Tree, data: Any) -> Tree:
     refs, rebuild = tree.flatten(params)
     with scope.untouched(device), mended():
         leaves = [leaf.detach().requires_grad_() for leaf in map(scope.usable, refs)]
-
-        def parts() -> Iterator[tuple[float, Callable[[], list[Tensor]]]]:
-            for index, weight, batch in reader.one_pass():
-                yield weight, partial(_slopes, products.of_leaves(loss, batch, params, reader.seed + index), leaves)
-
-        found = average(parts(), reader.batches.reduction)
+        parts = (
+            (weight, partial(_slopes, products.of_leaves(loss, batch, params, reader.seed + index), leaves))
+            for index, weight, batch in reader.one_pass()
+        )
+        found = average(parts, reader.batches.reduction)
     for name, leaf in zip(tree.names(params), found, strict=True):
         if not bool(torch.isfinite(leaf).all()):
             raise DataError(f"the gradient by '{name}' holds NaN or infinity: look for bad samples, or for an overflow")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import canvas, tree
-from eigenfunc.canvas import DOWN, GRID, OPEN, UP
+from eigenfunc.canvas import DOWN, OPEN, UP
 from eigenfunc.curvature.products import Loss
 from eigenfunc.errors import InputError
 from eigenfunc.landscape import Landscape, landscape as sampled
@@ -62,14 +62,9 @@ def spectrum(solution: Solution, ax: Axes | None = None) -> Axes:
         canvas.signed_log(axes, "y", unit, low, high, linear=0.25)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xlim(0.3, len(values) + 0.7)
-    axes.set_xlabel("rank")
-    axes.set_ylabel("eigenvalue, with its error bound")
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.grid(axis="y", color=GRID, lw=0.6)
-    axes.legend(edgecolor=GRID, framealpha=0.9)
-    axes.set_title(f"{solution.which}: {sum(converged)} of {len(values)} eigenpairs certified")
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes  # type: ignore[no-any-return]
+    title = f"{solution.which}: {sum(converged)} of {len(values)} eigenpairs certified"
+    return canvas.finish(axes, title, "rank", "eigenvalue, with its error bound", "y")  # type: ignore[no-any-return]
 
 
 def density(density: Density, ax: Axes | None = None) -> Axes:
@@ -101,14 +96,9 @@ def density(density: Density, ax: Axes | None = None) -> Axes:
         canvas.signed_log(axes, "x", 10.0 ** math.ceil(math.log10(bulk)), min(ends), max(ends), linear=0.8)
     else:
         axes.margins(x=0.03)
-    axes.set_xlabel("eigenvalue")
-    axes.set_ylabel("share of the eigenvalues per unit")
-    axes.grid(color=GRID, lw=0.6)
-    axes.legend(edgecolor=GRID, framealpha=0.9)
     probes, steps = density.nodes.shape
-    axes.set_title(f"spectral density, n = {density.n:,}: {probes} random vector{'s' * (probes > 1)}, {steps} steps")
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes  # type: ignore[no-any-return]
+    title = f"spectral density, n = {density.n:,}: {probes} random vector{'s' * (probes > 1)}, {steps} steps"
+    return canvas.finish(axes, title, "eigenvalue", "share of the eigenvalues per unit")  # type: ignore[no-any-return]
 
 
 def _floor(density: Density) -> float:
@@ -223,16 +213,12 @@ def track(records: Sequence[Record], alerts: Sequence[Alert] = (), ax: Axes | No
         axes.plot(failed, [0.03] * len(failed), "x", color=OPEN, transform=edge, label=f"failed ({len(failed)})")
     _alerted(axes, dict.fromkeys([alert for r in records for alert in r.alerts] + list(alerts)))
     axes.axhline(0, color="black", lw=0.8)
-    axes.set_xlabel("training step")
-    axes.set_ylabel("eigenvalue" if records[-1].matrix == "hessian" else f"eigenvalue of the {records[-1].matrix}")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(color=GRID, lw=0.6)
-    axes.legend(edgecolor=GRID, framealpha=0.9, fontsize=8.5)
+    what = "eigenvalue" if records[-1].matrix == "hessian" else f"eigenvalue of the {records[-1].matrix}"
     looks = [record for record in records if record.kind == "look"]
     sure = sum(record.certified for record in looks)
-    axes.set_title(f"{sure} of {len(looks)} looks certified, {len(records) - len(looks)} glances")
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes  # type: ignore[no-any-return]
+    title = f"{sure} of {len(looks)} looks certified, {len(records) - len(looks)} glances"
+    return canvas.finish(axes, title, "training step", what, fontsize=8.5)  # type: ignore[no-any-return]
 
 
 def _alerted(axes: Any, alerts: Iterable[Alert]) -> None:
@@ -287,17 +273,12 @@ def landscape(
         axes: Any = canvas.new_axes() if ax is None else ax
         axes.plot(found.offsets.tolist(), found.losses.tolist(), "-", color=UP, lw=1.8, label="loss")
         axes.plot(found.offsets.tolist(), found.model.tolist(), "--", color=DOWN, lw=1.4, label="quadratic model")
-        axes.set_ylabel("loss")
-        axes.grid(color=GRID, lw=0.6)
-        axes.legend(edgecolor=GRID, framealpha=0.9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title("loss around the parameters")
+        canvas.finish(axes, "loss around the parameters", labels[0], "loss")
     else:
         axes = canvas.new_axes(7.2, 5.4) if ax is None else ax
         _contours(axes, found)
-        axes.set_ylabel(labels[1])
-        axes.set_title("loss around the parameters; dashed: its quadratic model")
-    axes.set_xlabel(labels[0])
+        title = "loss around the parameters; dashed: its quadratic model"
+        axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
     return axes  # type: ignore[no-any-return]
 
 

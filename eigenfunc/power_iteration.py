@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from eigenfunc import endgame, scope
-from eigenfunc.certificate import Products, non_finite, seeded, start_block, whole
-from eigenfunc.errors import InputError, NonFiniteError
+from eigenfunc import endgame
+from eigenfunc.certificate import Products, seeded, start_block, whole
+from eigenfunc.errors import InputError
 from eigenfunc.krylov import basis, power
 from eigenfunc.operator import MatVec
 from eigenfunc.plan import plan_for
@@ -65,11 +64,7 @@ def power_iteration(
         raise InputError("stochastic=True needs an operator over Batches or a DataLoader, such as hessian(...) makes")
     generator, seed = seeded(seed)
     first = start_block(v0, 1, products, generator)
-    with (
-        scope.full_precision(products.device),
-        torch.no_grad(),
-        tqdm(disable=not progress, desc="power iteration", unit=" products", leave=False) as bar,
-    ):
+    with products.at_work("power iteration", progress) as bar:
         products.calibrate(generator)
         run = Run(plan, products, generator, None)
         found = first[:0]
@@ -101,8 +96,7 @@ def _iterated(run: Run, found: Tensor, start: Tensor, momentum: float, max_steps
         bar.update(1)
         if step % every == 0 or step == max_steps:
             value, residual = torch.stack([state.value, state.residual]).tolist()
-            if not math.isfinite(residual):
-                raise NonFiniteError(non_finite(products.matvecs))
+            products.check_finite(math.isfinite(residual))
             run.anorm = max(run.anorm, abs(value) + residual)
             if residual <= max(0.9 * run.plan.tol * abs(value), run.floor()):
                 break

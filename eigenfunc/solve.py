@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, non_finite, unit_vector, whole
-from eigenfunc.errors import InputError, NonFiniteError, NotConverged
+from eigenfunc import tree
+from eigenfunc.certificate import Products, unit_vector, whole
+from eigenfunc.errors import InputError, NotConverged
 from eigenfunc.krylov import conjugate, minres
 from eigenfunc.tree import Tree
 
@@ -84,7 +84,7 @@ def solve(
     if shift:
         products = Products(products.A.shift(shift))
     right, length = unit_vector(products, b, "b")
-    with scope.full_precision(products.device), torch.no_grad():
+    with products.at_work():
         if length == 0:
             return LinearSolution(tree.zeros_like(b), 0.0, True, 0, "b is zero")
         x, residual, message = _refine(products, right, float(tol), spend, _METHODS[method])
@@ -106,8 +106,7 @@ def _refine(
         trial = x + size * outcome.x
         left = b - products(trial)
         before, now = size, float(tree.norm(left))
-        if not math.isfinite(now):
-            raise NonFiniteError(non_finite(products.matvecs))
+        products.check_finite(math.isfinite(now))
         if now < before:
             x, rest, size = trial, left, now
         if size <= tol:
@@ -141,8 +140,7 @@ def _cg(products: Products, b: Tensor, tol: float, stop: int) -> _Outcome:
             state = conjugate.step(state, image, done, floor)
             taken += 1
         rr, curvature, least = torch.stack([state.rr[0], state.curvature[0], floor]).tolist()
-        if not math.isfinite(rr):
-            raise NonFiniteError(non_finite(products.matvecs))
+        products.check_finite(math.isfinite(rr))
         if curvature <= least:
             return _Outcome(state.x, _not_definite(curvature, least, products.scale))
         if rr <= float(done[0]):
@@ -163,8 +161,7 @@ def _minres(products: Products, b: Tensor, tol: float, stop: int) -> _Outcome:
             taken += 1
         figures = [state.rest.abs(), state.normal, state.anorm, tree.norm(state.v), tree.norm(state.x)]
         rest, normal, anorm, alive, size = torch.stack(figures).tolist()
-        if not math.isfinite(rest):
-            raise NonFiniteError(non_finite(products.matvecs))
+        products.check_finite(math.isfinite(rest))
         if rest <= tol:
             break
         if alive == 0 or normal < least:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-
-from eigenfunc import block_loop, scope
+from eigenfunc import block_loop
 from eigenfunc.certificate import Products, seeded, start_block, whole
 from eigenfunc.krylov import subspace as kernel
 from eigenfunc.plan import plan_for
@@ -56,11 +53,7 @@ def subspace_iteration(
     max_steps = whole(max_steps, "max_steps", 1)
     generator, seed = seeded(seed)
     start = start_block(v0, size, products, generator)
-    with (
-        scope.full_precision(products.device),
-        torch.no_grad(),
-        tqdm(disable=not progress, desc="subspace iteration", unit=" products", leave=False) as bar,
-    ):
+    with products.at_work("subspace iteration", progress) as bar:
         products.calibrate(generator)
         run = Run(plan, products, generator, None)
         proof, rounds = block_loop.drive(

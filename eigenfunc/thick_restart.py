@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from eigenfunc import completeness, tree
-from eigenfunc.certificate import Certified, Products, certify, non_finite
+from eigenfunc.certificate import Certified, Products, certify, where_due
 from eigenfunc.checkpoint import Journal, Saved
-from eigenfunc.errors import NonFiniteError
 from eigenfunc.krylov import basis as vectors, lanczos as kernel
 from eigenfunc.plan import Plan
 
@@ -68,16 +67,12 @@ class Run:
         self.anorm = 0.0
         self.asym = 0.0
 
-    def start(self, q: Tensor, image: Tensor) -> None:
-        """From an orthonormal block q (b, n) and its image."""
-        plan, b = self.plan, q.shape[0]
-        self._begin(q, image, plan.basis_size + b)
-
-    def _begin(self, q: Tensor, image: Tensor, rows: int) -> None:
+    def start(self, q: Tensor, image: Tensor, rows: int | None = None) -> None:
+        """From an orthonormal block q (b, n) and its image, with room for so many rows or for those of the plan."""
         b = q.shape[0]
-        self.rows = rows
-        state = kernel.init(q, image, rows, self.basis_dtype, self.plan.basis_path)
-        self.state = kernel.absorb(state, image, 0, b, again=self._again)
+        self.rows = rows or self.plan.basis_size + b
+        state = kernel.init(q, image, self.rows, self.basis_dtype, self.plan.basis_path)
+        self.state = kernel.absorb(state, image, 0, b, again=where_due)
         self.j = self.width = b
 
     def snapshot(self) -> Saved:
@@ -119,10 +114,6 @@ class Run:
         if self.journal is not None:
             self.journal.tick(state)
 
-    def _again(self, large: Tensor) -> bool:
-        """A second Gram–Schmidt pass where it is due; always on accelerators, where asking would stall them."""
-        return large.device.type != "cpu" or bool(large)
-
     @property
     def spent(self) -> int:
         return self.products.matvecs - self.verification
@@ -147,7 +138,7 @@ class Run:
 
     def advance(self) -> None:
         count = self.batch
-        self.state = kernel.step(self.state, self.products, self.j, self.width, count, again=self._again)
+        self.state = kernel.step(self.state, self.products, self.j, self.width, count, again=where_due)
         self.j += count
 
     def look(self) -> Ritz:
@@ -156,8 +147,7 @@ class Run:
         figures = torch.stack([state.anorm, state.asym, state.finite.double()])
         host = torch.cat([figures, state.alive[: j + width], state.t[: j + width, :j].flatten()]).cpu()
         anorm, self.asym, finite = host[:3].tolist()
-        if not finite:
-            raise NonFiniteError(non_finite(self.products.matvecs))
+        self.products.check_finite(bool(finite))
         self.anorm = max(self.anorm, anorm)
         alive, t = host[3 : 3 + j + width] > 0, host[3 + j + width :].reshape(j + width, j)
         if bool(alive.all()):
@@ -286,9 +276,6 @@ class Run:
         self.inject(self.j + grown - 1, vector)
         self.state = kernel.swap(self.state, self.j, self.j + grown - 1)
 
-    def certify(self, ritz: Ritz) -> Certified:
-        return self.certified(self.vectors(ritz))
-
     def vectors(self, ritz: Ritz) -> Tensor:
         """The wanted Ritz vectors (k, n)."""
         coefficients = ritz.s[:, self.plan.wanted(ritz.theta)].mT.to(self.state.t)
@@ -302,7 +289,7 @@ class Run:
 
     def adopt(self, certified: Certified) -> Ritz:
         """Take certified pairs, found in whatever way, and the directions of their residuals as the basis."""
-        self._begin(certified.vectors, certified.images, 2 * self.plan.k)
+        self.start(certified.vectors, certified.images, 2 * self.plan.k)
         return self.look()
 
 
@@ -324,7 +311,7 @@ def search(run: Run) -> tuple[Certified, completeness.Limits, int]:
                 run.join(ritz, finding.direction)
                 run.insist((run.products.matvecs - before) // 2)
                 continue
-        certified = run.certify(ritz)
+        certified = run.certified(run.vectors(ritz))
         run.rounds += 1
         met = certified.residuals <= run.target(certified.values)
         if bool(met.all()) or run.j == plan.n or run.rounds == ROUNDS or run.spent >= plan.max_matvecs:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import scope, tree
+from eigenfunc import tree
 from eigenfunc.certificate import Products, certify, seeded, unit_vector
 from eigenfunc.krylov import basis
 from eigenfunc.krylov.lanczos import lanczos
@@ -43,7 +43,7 @@ def peak(A: Any, g: Tree, rho: float, *, top: float, top_vector: Tree, num_steps
     """
     products = Products(A)
     generator, _ = seeded(seed)
-    with scope.full_precision(products.device), torch.no_grad():
+    with products.at_work():
         products.calibrate(generator)
         unit, length = unit_vector(products, g, "the gradient")
         ravelled = tree.ravel(tree.lifted(top_vector), products.A.like)

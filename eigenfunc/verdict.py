@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import storage, tree
-from eigenfunc.certificate import Certified
+from eigenfunc.certificate import Certified, not_symmetric
 from eigenfunc.completeness import Limits
 from eigenfunc.errors import NotConverged
 from eigenfunc.solution import Solution, Stats, Status, cluster_bounds, gaps
@@ -92,10 +92,7 @@ def _verdict(
     missing = f"{int((~converged).sum())} of {run.plan.k} pairs"
     above = f"{missing} are above tol {tol:g}, the worst relative residual being {float(relative.max()):.1e}"
     if skew > explained:
-        return Status.NOT_SYMMETRIC, (
-            f"⟨u, A v⟩ and ⟨v, A u⟩ differ by {skew:.1e} of ‖A‖, where rounding explains {explained:.1e}; what is "
-            "returned are no eigenpairs of A. Use (A + Aᵀ)/2, or find what makes the products inconsistent"
-        )
+        return Status.NOT_SYMMETRIC, not_symmetric(skew, explained)
     if products.noise > products.roundoff:
         return Status.NONDETERMINISTIC, (
             f"{above}; the same product formed twice differs by {products.noise:.1e}, relative, which rounding does "

@@ -27,6 +27,7 @@ from eigenfunc import (
     trace_probes,
     tree,
 )
+from tests import helpers
 from tests.helpers import Params, dense_hessian, random_like
 
 PAGE = Path(__file__).parent.parent / "docs" / "composition.md"
@@ -238,13 +239,9 @@ def looped(f: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Any:
     return tree.stack([f(*each) for each in arguments])
 
 
-def difference(f: Callable[..., Tensor], h: float = 2e-4) -> Tensor:
-    """The derivative along WAY by central differences of fourth order."""
-
-    def central(h: float) -> Tensor:
-        return (f(*tree.add(POINT, tree.scale(h, WAY))) - f(*tree.sub(POINT, tree.scale(h, WAY)))) / (2 * h)
-
-    return (4 * central(h) - central(2 * h)) / 3
+def difference(f: Callable[..., Tensor]) -> Tensor:
+    """The derivative along WAY."""
+    return helpers.difference(lambda t: f(*tree.add(POINT, tree.scale(t, WAY))))
 
 
 def along(f: Callable[..., Any], *point: Any) -> Tensor:

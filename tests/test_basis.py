@@ -19,18 +19,13 @@ from eigenfunc import (
     lobpcg,
     power_iteration,
     subspace_iteration,
-    tree,
 )
 from eigenfunc.errors import InputError, TransformError
 from eigenfunc.krylov import lanczos as kernel
 from eigenfunc.plan import plan_for
-from tests.helpers import assert_certified, rotated
+from tests.helpers import assert_certified, cut, labelled, mlp, nested, normal, on_tree, rotated
 
 WHICH = ("LM", "LA", "SA", "BE")
-
-
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @given(n=st.integers(1, 70), b=st.integers(1, 6), which=st.sampled_from(WHICH), data=st.data())
@@ -38,7 +33,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 def test_blocks_of_any_size_find_the_dense_truth(n: int, b: int, which: Any, data: st.DataObject) -> None:
     seed, k = data.draw(st.integers(0, 10_000)), data.draw(st.integers(1, min(5, n)))
     distinct = data.draw(st.integers(1, n))
-    values = drawn(distinct, seed=seed)[torch.arange(n) % distinct]
+    values = normal(distinct, seed=seed)[torch.arange(n) % distinct]
     A = rotated(values, seed)
     basis_size = data.draw(st.sampled_from([None, min(k + 3 + b, n), min(k + 3 + 2 * b, n)]))
     solution = eigsh(A, k, which=which, tol=1e-7, seed=seed, block_size=b, basis_size=basis_size, throw=False)
@@ -90,9 +85,9 @@ def reread(x: Tensor) -> Tensor:
 def test_resuming_from_a_saved_state_is_bitwise_the_run_without_a_stop(
     n: int, b: int, steps: int, stop: int, seed: int
 ) -> None:
-    A, b = rotated(drawn(n, seed=seed), seed), min(b, n)
+    A, b = rotated(normal(n, seed=seed), seed), min(b, n)
     steps = max(min(steps, n // b - 1), 1)
-    q = torch.linalg.qr(drawn(n, b, seed=seed)).Q.mT.contiguous()
+    q = torch.linalg.qr(normal(n, b, seed=seed)).Q.mT.contiguous()
 
     def matmat(block: Tensor) -> Tensor:
         return block @ A
@@ -113,9 +108,9 @@ def test_resuming_from_a_saved_state_is_bitwise_the_run_without_a_stop(
 @settings(max_examples=40, deadline=None)
 def test_the_block_recurrence_holds_and_its_basis_is_orthonormal(n: int, b: int, seed: int) -> None:
     b = min(b, n)
-    A = rotated(drawn(n, seed=seed), seed)
+    A = rotated(normal(n, seed=seed), seed)
     steps = max(n // b - 1, 1)
-    q = torch.linalg.qr(drawn(n, b, seed=seed)).Q.mT
+    q = torch.linalg.qr(normal(n, b, seed=seed)).Q.mT
     state = kernel.absorb(kernel.init(q, q @ A, b * (steps + 1)), q @ A, 0, b)
     for i in range(1, steps):
         state = kernel.step(state, lambda block: block @ A, i * b, b, b)
@@ -164,7 +159,7 @@ def test_sharp_bounds_and_angles_hold_against_the_dense_truth(
     n: int, which: Any, seed: int, data: st.DataObject
 ) -> None:
     k = data.draw(st.integers(1, min(5, n)))
-    A = rotated(drawn(n, seed=seed), seed)
+    A = rotated(normal(n, seed=seed), seed)
     solution = eigsh(A, k, which=which, tol=1e-3, seed=seed)
     truth, basis = torch.linalg.eigh(A)
     for value, x, sharp, bound, angle in zip(
@@ -189,12 +184,10 @@ def test_a_block_is_taken_where_it_is_measured_to_pay() -> None:
 
 
 def test_the_hessian_measures_blocks_only_where_it_keeps_no_graphs() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
-    g = torch.Generator().manual_seed(0)
-    batch = torch.randn(16, 6, generator=g).double(), torch.randint(0, 2, (16,), generator=g)
-    loss, params = functional_loss(model, nn.CrossEntropyLoss())
-    kept = hessian(loss, params, Batches([batch, batch])).block_ratio
-    streamed = hessian(loss, params, Batches([batch, batch]), cache=0).block_ratio
+    loss, params = functional_loss(mlp(), nn.CrossEntropyLoss())
+    data = Batches(cut(labelled(32), 16))
+    kept = hessian(loss, params, data).block_ratio
+    streamed = hessian(loss, params, data, cache=0).block_ratio
     assert kept is not None
     assert kept() == 1.0
     assert streamed is not None
@@ -208,10 +201,8 @@ def test_a_larger_basis_is_kept_for_a_dense_edge_while_it_fits() -> None:
 
 
 def test_trees_and_blocks_go_together() -> None:
-    A = rotated(drawn(12, seed=0), 0)
-    like = {"z": torch.zeros(2, 3).double(), "a": [torch.zeros(5).double(), torch.zeros(1).double()]}
-    operator = LinearOperator(lambda v: tree.unravel(A @ tree.ravel(v, like), like), like)
-    solution = eigsh(operator, 3, which="LA", tol=1e-9, seed=0, block_size=2)
+    A = rotated(normal(12, seed=0), 0)
+    solution = eigsh(on_tree(A, nested(12)), 3, which="LA", tol=1e-9, seed=0, block_size=2)
     assert_certified(solution, A, 3, "LA")
 
 

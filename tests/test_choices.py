@@ -15,7 +15,7 @@ from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.curvature import setup, sweep
 from eigenfunc.curvature.ggn import ggn
 from eigenfunc.errors import CheckpointError, CheckpointWarning, Stopped
-from tests.helpers import random_like
+from tests.helpers import cut, mlp, random_like
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(64, 6, generator=G), torch.randint(0, 3, (64,), generator=G)
@@ -24,13 +24,10 @@ NONE, SOME, ALL = 0, 8_000, 2**24  # bytes for kept graphs
 
 def made(way: str, cache: int, matrix: Any = hessian, **asked: Any) -> LinearOperator:
     """As if one way had been the fastest."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
-    loss, params = functional_loss(net, nn.CrossEntropyLoss())
+    loss, params = functional_loss(mlp(sizes=(6, 9, 3)).float(), nn.CrossEntropyLoss())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "_fastest", lambda made, refs, prepares: ("graph" if made.complete else way, 1.0))
-        data = Batches(list(zip(X.split(12), Y.split(12), strict=True)))
+        data = Batches(cut((X, Y), 12))
         operator: LinearOperator = matrix(loss, params, data, cache=cache, **asked)
     return operator
 

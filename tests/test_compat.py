@@ -12,18 +12,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eigenfunc import compute_hessian_eigenthings
 from eigenfunc.errors import ConvergenceWarning, DataError, InputError
-from tests.helpers import untouched
+from tests.helpers import labelled, second_derivatives, seeded, untouched, wanted
 
 CE = nn.CrossEntropyLoss()
-G = torch.Generator().manual_seed(0)
-X = torch.randn(50, 5, generator=G).double()
-Y = torch.randint(0, 3, (50,), generator=G)
+X, Y = labelled(50)
 
 
 def model(training: bool = True) -> nn.Module:
     """Its names do not sort into the order of its parameters."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
+    with seeded(1):
         parts = {"z": nn.Linear(5, 6), "act": nn.Tanh(), "a": nn.Linear(6, 3)}
         net = nn.Sequential()
         for name, part in parts.items():
@@ -38,19 +35,11 @@ def loader(size: int = 16, **options: Any) -> DataLoader[Any]:
 
 def truth(net: nn.Module, x: Tensor = X, y: Tensor = Y) -> Tensor:
     """The dense Hessian in the order of `net.parameters()`."""
-    params = list(net.parameters())
-    slopes = torch.autograd.grad(CE(net(x), y), params, create_graph=True)
-    rows = [
-        torch.cat([block.flatten() for block in torch.autograd.grad(entry, params, retain_graph=True)])
-        for entry in torch.cat([slope.flatten() for slope in slopes])
-    ]
-    return torch.stack(rows)
+    return second_derivatives(CE(net(x), y), list(net.parameters()))
 
 
 def largest(H: Tensor, k: int) -> np.ndarray:
-    values = torch.linalg.eigvalsh(H)
-    top = values[torch.argsort(values.abs(), descending=True)[:k]]
-    return top.sort(descending=True).values.numpy()
+    return wanted(torch.linalg.eigvalsh(H), k, "LM").sort(descending=True).values.numpy()
 
 
 def assert_pairs(values: Any, vectors: Any, H: Tensor, k: int, tolerance: float) -> None:

@@ -12,21 +12,10 @@ from torch import Tensor, nn
 from eigenfunc import Batches, functional_loss, hessian
 from eigenfunc.curvature import compiled
 from eigenfunc.errors import CompileWarning
-from tests.helpers import Params, assert_blocks_close, flat, random_like
+from tests.helpers import Params, assert_blocks_close, cut, flat, labelled, mlp, random_like
 
 CE = nn.CrossEntropyLoss()
-X = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).double()
-Y = torch.randint(0, 3, (12,), generator=torch.Generator().manual_seed(1))
-
-
-def mlp(*between: nn.Module) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(5, 4), *between, nn.Tanh(), nn.Linear(4, 3)).double()
-
-
-def cut(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(X.split(sizes), Y.split(sizes), strict=True))
+X, Y = labelled(12)
 
 
 def test_the_linearised_product_is_the_product_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,9 +31,9 @@ def test_the_linearised_product_is_the_product_whatever_the_batch(monkeypatch: p
         loss, params = functional_loss(mlp(*between), CE)
         v = random_like(params)
         for cache in ("auto", 0):
-            A = hessian(loss, params, Batches(cut([5, 5, 2])), compile=True, cache=cache)  # type: ignore[arg-type]
+            A = hessian(loss, params, Batches(cut((X, Y), [5, 5, 2])), compile=True, cache=cache)  # type: ignore[arg-type]
             assert "compiled" in A.describe()
-            eager = hessian(loss, params, Batches(cut([5, 5, 2])))(v)
+            eager = hessian(loss, params, Batches(cut((X, Y), [5, 5, 2])))(v)
             assert_blocks_close(A(v), flat(eager), 1e-11)
         assert len(traces) == 4  # two shapes of batch, for each operator
 
@@ -91,7 +80,7 @@ def test_a_compiled_product_that_is_wrong_is_given_up(monkeypatch: pytest.Monkey
 @pytest.mark.filterwarnings("default")
 def test_compiled_for_real() -> None:
     loss, params = functional_loss(mlp(), CE)
-    A = hessian(loss, params, Batches(cut([6, 6])), compile=True)
+    A = hessian(loss, params, Batches(cut((X, Y), [6, 6])), compile=True)
     v = random_like(params)
     assert_blocks_close(A(v), flat(hessian(loss, params, (X, Y))(v)), 1e-11)
     assert "compiled" in A.describe()

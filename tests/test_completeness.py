@@ -16,7 +16,7 @@ from eigenfunc.krylov import lanczos as kernel
 from eigenfunc.operator import aslinearoperator
 from eigenfunc.plan import plan_for
 from eigenfunc.testing import Case, Problem, faults
-from tests.helpers import rotated
+from tests.helpers import normal, rotated, vector
 
 
 def generator(seed: int) -> torch.Generator:
@@ -42,10 +42,10 @@ def spanned(A: Tensor, start: Tensor, steps: int) -> Span:
 def test_eigenvalues_beyond_a_point_are_those_of_both_parts(
     n: int, seed: int, share: float, data: st.DataObject
 ) -> None:
-    values = torch.randn(n, generator=generator(seed), dtype=torch.float64)
+    values = vector(n, seed)
     A = rotated(values, seed)
     steps = data.draw(st.integers(1, n - 2))
-    span = spanned(A, torch.randn(1, n, generator=generator(seed + 1), dtype=torch.float64), steps)
+    span = spanned(A, normal(1, n, seed=seed + 1), steps)
     point = float(torch.quantile(torch.cat([values, span.theta]), share))
     if (torch.cat([values, span.theta]) - point).abs().min() < 1e-6:
         return
@@ -67,7 +67,7 @@ def test_the_chance_that_an_eigenvalue_escapes_is_at_most_the_one_stated(count: 
     for seed in range(draws):
         products = Products(aslinearoperator(lambda v: values * v, values))
         chain = Chain(products, span, torch.zeros(1, 1).double(), 1.0, generator(seed), count)
-        for _ in chain:
+        for _ in chain.steps():
             if chain.length == steps:
                 break
         claims.append(float(chain.chances(points, 1)[0]))
@@ -91,7 +91,7 @@ def test_only_a_chain_through_all_of_its_space_leaves_nothing_to_chance(count: i
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_shares_are_as_small_as_the_bound_says_no_more_often(count: int, size: int) -> None:
-    draws = torch.randn(20_000, count, size, generator=generator(count), dtype=torch.float64)
+    draws = normal(20_000, count, size, seed=count)
     shares = torch.linalg.vector_norm((draws / draws.norm(dim=2, keepdim=True))[:, :, 0], dim=1) / count**0.5
     for share in torch.linspace(0.05, 1, 20).tolist():
         stated = escape(share, count, size)

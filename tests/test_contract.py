@@ -18,6 +18,7 @@ from eigenfunc.errors import InputError
 from eigenfunc.testing import FAMILIES, Case, Claim, Problem, SolverFault, check_eigensolver, faults
 from eigenfunc.testing.problems import select
 from eigenfunc.testing.relations import RELATIONS, related
+from tests.helpers import vector
 
 SIMPLE = ("uniform", "gauss", "outliers")  # no eigenvalue twice
 REPEATED = ("identity", "multiple", "integers")
@@ -44,7 +45,7 @@ def lanczos(
     def product(v: Tensor) -> Tensor:
         return tree.ravel(A(tree.unravel(v, A.like)), A.like).double()
 
-    q = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    q = vector(n, seed)
     basis, alphas, betas = [q / q.norm()], [], []
     size = float(product(basis[0]).norm()) or 1.0
     for step in range(steps):

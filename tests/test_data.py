@@ -17,16 +17,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from eigenfunc import Batches, functional_loss, hessian
 from eigenfunc.errors import DataError, DataWarning
-from tests.helpers import flat, random_like, untouched
+from tests.helpers import cut, flat, labelled, mlp, random_like, untouched
 
-X = torch.randn(10, 5, generator=torch.Generator().manual_seed(0)).double()
-Y = torch.randint(0, 3, (10,), generator=torch.Generator().manual_seed(1))
+X, Y = labelled(10)
 CE = nn.CrossEntropyLoss()
-
-
-def mlp(dropout: float = 0.0) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 3)).double()
 
 
 def product(criterion: Any, data: Any) -> Tensor:
@@ -34,16 +28,12 @@ def product(criterion: Any, data: Any) -> Tensor:
     return flat(hessian(loss, params, data)(random_like(params)))
 
 
-def cut(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(X.split(sizes), Y.split(sizes), strict=True))
-
-
 @given(points=st.sets(st.integers(1, 9)))
 @settings(max_examples=20, deadline=None)
 def test_any_cut_of_the_data_gives_the_same_matrix(points: set[int]) -> None:
     edges = [0, *sorted(points), 10]
     sizes = [b - a for a, b in itertools.pairwise(edges)]
-    assert (product(CE, Batches(cut(sizes))) - product(CE, (X, Y))).abs().max() < 1e-12
+    assert (product(CE, Batches(cut((X, Y), sizes))) - product(CE, (X, Y))).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("sizes", [[8, 2], [5, 5]])
@@ -51,7 +41,7 @@ def test_any_cut_of_the_data_gives_the_same_matrix(points: set[int]) -> None:
 def test_kept_and_recomputed_graphs_weigh_alike(sizes: list[int], cache: int) -> None:
     loss, params = functional_loss(mlp(), CE)
     v = random_like(params)
-    split = hessian(loss, params, Batches(cut(sizes)), cache=cache)
+    split = hessian(loss, params, Batches(cut((X, Y), sizes)), cache=cache)
     assert ("recomputed" if cache == 0 else "kept") in split.describe()
     assert (flat(split(v)) - flat(hessian(loss, params, (X, Y))(v))).abs().max() < 1e-12
 
@@ -63,7 +53,7 @@ def test_a_loader_whose_last_batch_is_smaller_is_weighed_right() -> None:
 
 def test_losses_that_sum_add_up() -> None:
     criterion = nn.CrossEntropyLoss(reduction="sum")
-    split = product(criterion, Batches(cut([8, 2]), reduction="sum"))
+    split = product(criterion, Batches(cut((X, Y), [8, 2]), reduction="sum"))
     assert (split - product(criterion, (X, Y))).abs().max() < 1e-11
 
 
@@ -78,7 +68,7 @@ def test_ignored_targets_are_weighed_by_those_that_count() -> None:
 def test_class_weights_are_weighed_by_their_sum() -> None:
     share = torch.tensor([1.0, 2.0, 0.5]).double()
     criterion = nn.CrossEntropyLoss(weight=share)
-    split = product(criterion, Batches(cut([7, 3]), weight=lambda batch: share[batch[1]].sum()))
+    split = product(criterion, Batches(cut((X, Y), [7, 3]), weight=lambda batch: share[batch[1]].sum()))
     assert (split - product(criterion, (X, Y))).abs().max() < 1e-12
 
 
@@ -112,7 +102,7 @@ def test_empty_data_is_an_error(data: Any, check: bool) -> None:
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_weights_that_are_none_are_refused(weight: float) -> None:
     with pytest.raises(DataError, match="weight of batch 0"):
-        product(CE, Batches(cut([5, 5]), weight=lambda batch: weight))
+        product(CE, Batches(cut((X, Y), [5, 5]), weight=lambda batch: weight))
 
 
 def test_batches_of_unclear_size_ask_for_a_weight() -> None:
@@ -139,7 +129,7 @@ def test_a_loss_that_is_not_finite_names_the_batch() -> None:
 
 
 def operator(data: Any, dropout: float = 0.5) -> tuple[Any, dict[str, Tensor]]:
-    loss, params = functional_loss(mlp(dropout), CE)
+    loss, params = functional_loss(mlp(nn.Dropout(dropout)), CE)
     return hessian(loss, params, data), params
 
 
@@ -180,9 +170,9 @@ def test_shuffling_alone_changes_nothing() -> None:
 
 @pytest.mark.parametrize("cache", [0, 2**30])
 def test_dropout_draws_the_same_mask_in_every_product(cache: int) -> None:
-    model = mlp(0.5)
+    model = mlp(nn.Dropout(0.5))
     loss, params = functional_loss(model, CE)
-    A = hessian(loss, params, Batches(cut([6, 4])), cache=cache)
+    A = hessian(loss, params, Batches(cut((X, Y), [6, 4])), cache=cache)
     v = random_like(params)
     first = flat(A(v))
     torch.randn(7)
@@ -191,7 +181,7 @@ def test_dropout_draws_the_same_mask_in_every_product(cache: int) -> None:
     assert torch.equal(first, second)
     dense = A.to_dense()
     assert (dense - dense.mT).abs().max() < 1e-14
-    masked = (dense - hessian(*functional_loss(mlp(0.0), CE), (X, Y)).to_dense()).abs().max()
+    masked = (dense - hessian(*functional_loss(mlp(), CE), (X, Y)).to_dense()).abs().max()
     assert masked > 1e-4
 
 
@@ -225,12 +215,12 @@ def test_batches_of_any_shape_are_weighed_and_passed_through(make: Any) -> None:
 
     loss, params = functional_loss(mlp(), loss_fn=lambda m, batch: CE(m(read(batch)[0]), read(batch)[1]))
     v = random_like(params)
-    split = hessian(loss, params, Batches([make(x, y) for x, y in cut([8, 2])]))
+    split = hessian(loss, params, Batches([make(x, y) for x, y in cut((X, Y), [8, 2])]))
     assert (flat(split(v)) - flat(hessian(loss, params, (X, Y))(v))).abs().max() < 1e-12
 
 
 def test_the_mean_over_a_pass_of_minibatches_is_the_matrix() -> None:
-    A, params = operator(Batches(cut([5, 3, 2])), dropout=0.0)
+    A, params = operator(Batches(cut((X, Y), [5, 3, 2])), dropout=0.0)
     v = random_like(params)
     stream = A.minibatches()
     mean = sum(flat(next(stream)(v)) for _ in range(3)) / 3

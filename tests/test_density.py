@@ -20,7 +20,7 @@ from eigenfunc import EigenPairs, NotConverged, aslinearoperator, demo, eigsh, f
 from eigenfunc.errors import InputError, NonFiniteError, TransformError, TreeError
 from eigenfunc.stochastic.density import Density, spectral_density
 from eigenfunc.testing import spectrum
-from tests.helpers import dense_hessian, plain, rotated
+from tests.helpers import Counted, dense_hessian, never, on_tree, plain, rotated, seeded
 from tests.test_density_band import groups, share
 
 Layer = namedtuple("Layer", ["weight", "bias"])
@@ -44,8 +44,7 @@ def test_the_wasserstein_distance_to_a_network_like_spectrum_is_below_1_percent(
 
 def test_the_wasserstein_distance_to_the_hessian_of_a_network_on_digits_is_below_1_percent() -> None:
     images, labels = demo.digits()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Tanh(), nn.Linear(10, 10))
         demo.train(net, images[:600], labels[:600], seed=0, epochs=5)
     net, images = net.double(), images[:600].double()
@@ -206,7 +205,7 @@ TREES = {
 def test_trees_give_what_their_flat_vectors_give(layout: str, dtype: torch.dtype) -> None:
     like = tree.tree_map(lambda leaf: leaf.to(dtype), TREES[layout])
     matrix = rotated(spectrum("outliers", 30, seed=1), 0)
-    A = aslinearoperator(lambda v: tree.unravel(tree.ravel(v, like) @ matrix.to(dtype), like), like)
+    A = on_tree(matrix.to(dtype), like)
     nested = spectral_density(A, num_probes=2, num_steps=8, seed=0, pairs=eigsh(A, 2, which="LA", seed=0))
     bare = spectral_density(matrix, num_probes=2, num_steps=8, seed=0, pairs=eigsh(matrix, 2, which="LA", seed=0))
     assert nested.nodes.dtype == torch.float64
@@ -272,10 +271,7 @@ def test_it_prints_as_a_table_of_shares_with_bands() -> None:
 
 
 def test_bad_arguments_are_refused_before_the_first_product() -> None:
-    def product(v: Tensor) -> Tensor:
-        raise AssertionError("multiplied")
-
-    A = aslinearoperator(product, torch.zeros(5))
+    A = aslinearoperator(never, torch.zeros(5))
     rows = EigenPairs(torch.zeros(5), torch.eye(5), torch.zeros(5))
     nan = EigenPairs(torch.zeros(1), torch.full((1, 5), torch.nan), torch.zeros(1))
     wrong: list[dict[str, Any]] = [
@@ -295,18 +291,12 @@ def test_bad_arguments_are_refused_before_the_first_product() -> None:
     with pytest.raises(TreeError, match=r"pairs\.vectors"):
         spectral_density(A, pairs=EigenPairs(torch.zeros(1), torch.zeros(1, 4), torch.zeros(1)))
     with pytest.raises(TreeError):
-        spectral_density(aslinearoperator(product, torch.zeros(0)))
+        spectral_density(aslinearoperator(never, torch.zeros(0)))
 
 
 def test_a_product_with_nan_is_named_by_its_step() -> None:
     values = torch.linspace(0, 1, 40).double()
-    calls = 0
-
-    def product(v: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return values * v * (math.nan if calls == 2 + 3 * 4 + 2 else 1.0)
-
+    product = Counted(lambda v: values * v * (math.nan if product.calls == 2 + 3 * 4 + 2 else 1.0))
     with pytest.raises(NonFiniteError, match=r"step 5 of probe 2: product"):
         spectral_density(aslinearoperator(product, values), num_probes=3, num_steps=10, seed=0)
 

@@ -17,7 +17,7 @@ from eigenfunc.krylov.quadrature import gauss
 from eigenfunc.stochastic import band
 from eigenfunc.stochastic.density import Density, spectral_density
 from eigenfunc.testing import spectrum
-from tests.helpers import rotated
+from tests.helpers import rotated, vector
 
 
 def share(values: Tensor, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def test_the_measure_of_a_vector_lies_within_the_largest_step_of_its_gauss_rule(
     n: int, m: int, seed: int, family: str
 ) -> None:
     values = spectrum(family, n, seed)
-    v = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    v = vector(n, seed)
     run = lanczos(lambda x: values * x, v / v.norm(), m)
     rule = gauss(run.alphas[None], run.betas[None], run.alive[None])
     ordered = values.sort().values

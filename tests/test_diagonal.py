@@ -13,19 +13,13 @@ from eigenfunc import tree
 from eigenfunc.errors import InputError, NonFiniteError
 from eigenfunc.operator import LinearOperator, aslinearoperator
 from eigenfunc.stochastic.diagonal import diagonal
-from tests.helpers import rotated
+from tests.helpers import example_spectra, nested, on_tree, rotated, symmetric, vector
 
 METHODS = ["hutchinson", "xdiag"]
 SEEDS = 200
 N = 40
 
-_i = torch.arange(1, N + 1).double()
-SPECTRA = {
-    "flat": torch.linspace(1, 3, N).double(),
-    "power law": _i**-1.5,
-    "outliers": torch.cat([torch.tensor([10.0, 5.0, 2.0, 1.0]).double(), 0.01 * torch.linspace(0, 1, N - 4).double()]),
-    "indefinite": torch.linspace(-1, 1.2, N).double(),
-}
+SPECTRA = example_spectra(N)
 MATRICES = {name: rotated(values, 3) for name, values in SPECTRA.items()}
 
 
@@ -71,8 +65,7 @@ def test_xdiag_falls_faster_on_a_falling_spectrum() -> None:
 @given(n=st.integers(1, 12), extra=st.integers(0, 20), seed=st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
 def test_n_products_tell_everything(method: str, n: int, extra: int, seed: int) -> None:
-    A = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    A = A + A.mT
+    A = symmetric(n, seed)
     found = diagonal(A, num_matvecs=n + extra, method=method, seed=seed)
     assert found.dof == math.inf
     assert found.matvecs == n
@@ -84,8 +77,7 @@ def test_n_products_tell_everything(method: str, n: int, extra: int, seed: int) 
 @given(rank=st.integers(0, 4), seed=st.integers(0, 1000))
 @settings(max_examples=10, deadline=None)
 def test_xdiag_is_exact_for_a_matrix_of_small_rank(dtype: torch.dtype, rank: int, seed: int) -> None:
-    values = torch.zeros(30).double()
-    values[:rank] = torch.randn(rank, generator=torch.Generator().manual_seed(seed)).double()
+    values = torch.cat([vector(rank, seed), torch.zeros(30 - rank)])
     A = rotated(values, seed).to(dtype)
     found = diagonal(A, num_matvecs=18, method="xdiag", seed=seed)
     assert (found.value - A.diagonal()).abs().max() <= 300 * torch.finfo(dtype).eps * values.abs().sum()
@@ -136,15 +128,11 @@ def test_the_scale_of_the_matrix_does_not_matter(method: str, dtype: torch.dtype
 @pytest.mark.parametrize("method", METHODS)
 def test_values_and_errors_are_trees_in_float64(method: str) -> None:
     A = MATRICES["outliers"]
-    like = {"z": torch.zeros(5, 4), "a": [torch.zeros(19), torch.zeros(())]}
-
-    def product(v: object) -> object:
-        return tree.unravel(tree.ravel(v, like) @ A.float(), like)
-
-    found = diagonal(LinearOperator(product, like), num_matvecs=20, method=method, seed=1)
+    B = on_tree(A.float(), nested(N, torch.float32))
+    found = diagonal(B, num_matvecs=20, method=method, seed=1)
     dense = diagonal(A, num_matvecs=20, method=method, seed=1)
     low, high = found.interval()
-    assert found.value["z"].shape == (5, 4)
+    assert found.value["z"].shape == (2, 3)
     assert found.value["a"][1].dtype == torch.float64
     for part, whole in ((found.value, dense.value), (low, dense.interval()[0]), (high, dense.interval()[1])):
         flat: Tensor = torch.cat([leaf.flatten() for leaf in tree.leaves(part)])

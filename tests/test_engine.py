@@ -19,21 +19,21 @@ from eigenfunc import Batches, eigsh, functional_loss, hessian
 from eigenfunc.curvature import products, sweep
 from eigenfunc.curvature.products import Product
 from eigenfunc.errors import DataError
-from tests.helpers import Params, assert_blocks_close, dense_hessian, flat, plain, random_like, untouched
+from tests.helpers import (
+    Params,
+    assert_blocks_close,
+    cut,
+    dense_hessian,
+    flat,
+    labelled,
+    mlp,
+    plain,
+    random_like,
+    untouched,
+)
 
 CE = nn.CrossEntropyLoss()
-X = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).double()
-Y = torch.randint(0, 3, (12,), generator=torch.Generator().manual_seed(1))
-
-
-def mlp(*between: nn.Module) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(5, 4), *between, nn.Tanh(), nn.Linear(4, 3)).double()
-
-
-def cut(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(X.split(sizes), Y.split(sizes), strict=True))
+X, Y = labelled(12)
 
 
 class Counted:
@@ -55,7 +55,7 @@ def truth(v: Params) -> Tensor:
 @pytest.mark.parametrize(("cache", "calls"), [("auto", 0), (0, 3)])
 def test_a_product_over_kept_graphs_runs_no_forward_pass(cache: Any, calls: int) -> None:
     loss = Counted()
-    A = hessian(loss, loss.params, Batches(cut([5, 4, 3])), cache=cache)
+    A = hessian(loss, loss.params, Batches(cut((X, Y), [5, 4, 3])), cache=cache)
     v, before = random_like(loss.params), loss.calls
     found = A(v)
     assert loss.calls - before == calls
@@ -66,7 +66,7 @@ def test_a_product_over_kept_graphs_runs_no_forward_pass(cache: Any, calls: int)
 @settings(max_examples=25, deadline=None)
 def test_any_budget_gives_the_same_matrix_and_is_kept_to(budget: int) -> None:
     loss = Counted()
-    A = hessian(loss, loss.params, Batches(cut([5, 4, 3])), cache=budget)
+    A = hessian(loss, loss.params, Batches(cut((X, Y), [5, 4, 3])), cache=budget)
     v, before = random_like(loss.params), loss.calls
     assert_blocks_close(A(v), truth(v), 1e-12)
     told = re.search(r"graphs of (all|the first (\d))", A.describe())
@@ -78,7 +78,7 @@ def test_any_budget_gives_the_same_matrix_and_is_kept_to(budget: int) -> None:
 
 def test_some_graphs_are_kept_only_if_the_batches_keep_their_order() -> None:
     loss = Counted()
-    whole = hessian(loss, loss.params, Batches(cut([4, 4, 4])))
+    whole = hessian(loss, loss.params, Batches(cut((X, Y), [4, 4, 4])))
     one = int(float(whole.describe().split("kept (")[1].split(" ")[0]) * 1024 / 3 * 1.02)
     ordered = hessian(loss, loss.params, DataLoader(TensorDataset(X, Y), batch_size=4), cache=one)
     shuffled = hessian(loss, loss.params, DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True), cache=one)
@@ -122,7 +122,7 @@ def test_graphs_are_freed_with_the_operator() -> None:
 @pytest.mark.parametrize("options", [{}, {"cache": 0}, {"product": "jvp"}, {"product": "dual"}])
 def test_a_thousand_products_grow_memory_by_nothing(options: dict[str, Any]) -> None:
     loss, params = functional_loss(mlp(), CE)
-    A = hessian(loss, params, Batches(cut([6, 6])), **options)
+    A = hessian(loss, params, Batches(cut((X, Y), [6, 6])), **options)
     v = random_like(params)
 
     def run(count: int) -> int:
@@ -153,7 +153,7 @@ def test_out_of_memory_halves_the_chunk_until_it_fits(monkeypatch: pytest.Monkey
     vs = eigenfunc.tree.stack([random_like(params, seed) for seed in range(13)])
     expected = hessian(loss, params, (X, Y)).matmat(vs)
     monkeypatch.setitem(products.WAYS, "graph", tight)
-    A = hessian(loss, params, Batches(cut([7, 5])), product="graph", chunk=13)
+    A = hessian(loss, params, Batches(cut((X, Y), [7, 5])), product="graph", chunk=13)
     for _ in range(2):
         found = A.matmat(vs)
         assert all((found[name] - expected[name]).abs().max() < 1e-14 for name in params)
@@ -210,7 +210,7 @@ def test_micro_batches_leave_the_matrix_as_it_is(size: int, sizes: list[int]) ->
         seen.append(len(batch[0]))
         return loss(params, batch)
 
-    A = hessian(watched, loss.params, Batches(cut(sizes), microbatch=size))
+    A = hessian(watched, loss.params, Batches(cut((X, Y), sizes), microbatch=size))
     v = random_like(loss.params)
     assert_blocks_close(A(v), truth(v), 1e-12)
     assert max(seen) <= max(size, 2)
@@ -233,7 +233,7 @@ def contrastive(model: nn.Module, batch: Any) -> Tensor:
 
 
 def test_micro_batches_are_refused_where_samples_mix() -> None:
-    data = Batches(cut([12]), microbatch=4)
+    data = Batches(cut((X, Y), [12]), microbatch=4)
     model = mlp(nn.BatchNorm1d(4))
     with untouched(model), pytest.raises(DataError, match="mixes samples"):
         hessian(*functional_loss(model, CE), data)
@@ -245,7 +245,7 @@ def test_micro_batches_are_refused_where_samples_mix() -> None:
 
 def test_micro_batches_that_cannot_be_are_refused() -> None:
     with pytest.raises(DataError, match="at least 1"):
-        Batches(cut([12]), microbatch=0)
+        Batches(cut((X, Y), [12]), microbatch=0)
     loss, params = functional_loss(mlp(), loss_fn=lambda model, batch: CE(model(batch[0]), batch[1]) + batch[2].sum())
     with pytest.raises(DataError, match="cannot cut"):
         hessian(loss, params, Batches([(X, Y, torch.ones(3))], weight=lambda batch: len(batch[0]), microbatch=4))
@@ -267,7 +267,7 @@ def test_the_description_tells_way_witness_graphs_and_times() -> None:
 
 def test_unchecked_means_no_pass_over_the_data_at_set_up() -> None:
     loss = Counted()
-    hessian(loss, loss.params, Batches(cut([6, 6])), check=False, cache=0)
+    hessian(loss, loss.params, Batches(cut((X, Y), [6, 6])), check=False, cache=0)
     assert loss.calls == 0
 
 
@@ -337,7 +337,9 @@ def test_what_finite_differences_are_off_by_enters_the_bounds(dtype: torch.dtype
     H = dense_hessian(plain(model, lambda m: CE(m(X), Y)), functional_loss(model, CE)[1])
     rising = torch.linalg.eigvalsh(factor * H)
     loss, params = functional_loss(model.to(dtype), CE)
-    A = factor * hessian(loss, params, Batches([(x.to(dtype), y) for x, y in cut([7, 5])]), product="finite-difference")
+    A = factor * hessian(
+        loss, params, Batches([(x.to(dtype), y) for x, y in cut((X, Y), [7, 5])]), product="finite-difference"
+    )
     solution = eigsh(A, 3, which="LA", tol=1e-2, seed=0)
     assert ((solution.values - rising.flip(0)[:3]).abs() <= solution.bounds).all()
     assert A.noise() > (1e-12 if dtype == torch.float64 else 1e-7)

@@ -26,7 +26,7 @@ from eigenfunc import Batches, Solution, Status, aslinearoperator, eigsh, functi
 from eigenfunc.errors import EigenfuncError, FileError, InputError, TreeError
 from eigenfunc.solution import Stats
 from eigenfunc.testing.layouts import LAYOUTS, Layer, parameter_tree
-from tests.helpers import dense_hessian, rotated
+from tests.helpers import cut, dense_hessian, labelled, mlp, normal, rotated
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (dict, OrderedDict, list, tuple)
@@ -145,7 +145,7 @@ def test_vectors_that_are_views_of_one_memory_come_back(tmp_path: Path) -> None:
     """As solvers make them: rows of a flat stack cut into leaves, without a copy."""
     like = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
     for k in (1, 2):
-        vectors = tree.unravel(torch.randn(k, 7, generator=torch.Generator().manual_seed(k)), like)
+        vectors = tree.unravel(normal(k, 7, seed=k, dtype=torch.float32), like)
         solution = replace(made(stacked(like, k), k), vectors=vectors)
         solution.save(tmp_path)
         assert_same_solution(Solution.load(tmp_path), solution)
@@ -317,15 +317,11 @@ def test_the_columns_of_a_data_frame_are_those_of_the_solution(monkeypatch: Any)
 
 def problem(dtype: torch.dtype) -> tuple[Any, Any, Batches, Tensor]:
     """A small network whose leaves the tree sorts otherwise than the module lists them, with its dense Hessian."""
-    g = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).to(dtype)
-    inputs = torch.randn(12, 3, generator=g).to(dtype)
-    targets = torch.randint(0, 2, (12,), generator=g)
-    loss, params = functional_loss(model, torch.nn.CrossEntropyLoss())
+    inputs, targets = labelled(12)
+    inputs = inputs.to(dtype)
+    loss, params = functional_loss(mlp().to(dtype), torch.nn.CrossEntropyLoss())
     truth = dense_hessian(lambda p: loss(p, (inputs, targets)), params)
-    return loss, params, Batches(list(zip(inputs.split(8), targets.split(8), strict=True))), truth
+    return loss, params, Batches(cut((inputs, targets), 8)), truth
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])

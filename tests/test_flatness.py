@@ -14,20 +14,17 @@ from eigenfunc import Batches, eigsh, functional_loss, hessian, tree
 from eigenfunc.errors import DataError, InputError
 from eigenfunc.flatness import Flatness, flatness
 from eigenfunc.nearby import Rises, average_sharpness, worst_sharpness
-from tests.helpers import dense_hessian, plain, untouched
+from tests.helpers import cut, dense_hessian, labelled, mlp, never, plain, seeded, untouched
+from tests.test_landscape import small
 from tests.test_trust_region import ONE, highest, quadratic
 
 SPECTRUM = [5.0, 3.0, 1.0, 0.5, 0.2, 0.0, -0.5, -1.0]
 
 
 def net(batch_sizes: int = 11) -> tuple[Any, Any, Batches, nn.Module, Tensor, Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-        inputs, targets = torch.randn(24, 3).double(), torch.randint(0, 2, (24,))
+    model, batch = mlp(sizes=(3, 4, 2)), labelled(24, 3, 2)
     loss, params = functional_loss(model, nn.CrossEntropyLoss())
-    pieces = list(zip(inputs.split(batch_sizes), targets.split(batch_sizes), strict=True))
-    return loss, params, Batches(pieces), model, inputs, targets
+    return loss, params, Batches(cut(batch, batch_sizes)), model, *batch
 
 
 @pytest.mark.parametrize("slope", [0.0, 1e-6, 0.3, 40.0])
@@ -210,12 +207,7 @@ def test_the_noise_of_single_precision_is_measured_and_covers() -> None:
 
 
 def test_nothing_of_the_model_changes_and_a_seed_repeats() -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)).double()
-        inputs, targets = torch.randn(14, 3).double(), torch.randint(0, 2, (14,))
-    loss, params = functional_loss(model, nn.CrossEntropyLoss())
-    data = Batches(list(zip(inputs.split(10), targets.split(10), strict=True)))
+    loss, params, data, model = small()
     with untouched(model):
         first = flatness(loss, params, data, num_samples=4, num_steps=2, seed=3)
         again = flatness(loss, params, data, num_samples=4, num_steps=2, seed=3)
@@ -287,13 +279,11 @@ def test_the_table_says_what_bounds_what() -> None:
 
 def relu_net() -> tuple[Any, list[dict[str, Tensor]], tuple[Tensor, Tensor]]:
     """A loss, and two points of the same function: the second has its layers scaled by 8 and 1/8."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded():
         model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False)).double()
-        inputs, targets = torch.randn(30, 3).double(), torch.randint(0, 2, (30,))
     loss, params = functional_loss(model, nn.CrossEntropyLoss())
     scaled = {"0.weight": 8 * params["0.weight"].detach(), "2.weight": params["2.weight"].detach() / 8}
-    return loss, [params, scaled], (inputs, targets)
+    return loss, [params, scaled], labelled(30, 3, 2)
 
 
 def test_plain_measures_change_under_rescaling_and_relative_ones_do_not() -> None:
@@ -344,23 +334,17 @@ BAD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_arguments_out_of_range_are_refused_before_the_loss_is_called(name: str) -> None:
-    def loss(p: Tensor, batch: Tensor) -> Tensor:
-        raise AssertionError("the loss was called")
-
     with pytest.raises(InputError):
-        flatness(loss, torch.ones(4).double(), ONE, **BAD[name])
+        flatness(never, torch.ones(4).double(), ONE, **BAD[name])
 
 
 def test_displacements_that_drown_in_the_rounding_of_the_parameters_are_refused() -> None:
-    def loss(p: Tensor, batch: Tensor) -> Tensor:
-        raise AssertionError("the loss was called")
-
     with pytest.raises(InputError, match=r"bfloat16.*wider dtype"):
-        flatness(loss, torch.ones(100).bfloat16(), ONE, rho=0.01)
+        flatness(never, torch.ones(100).bfloat16(), ONE, rho=0.01)
     with pytest.raises(InputError, match="float32"):
-        flatness(loss, 1e6 * torch.ones(100), ONE, rho=0.05)
+        flatness(never, 1e6 * torch.ones(100), ONE, rho=0.05)
     with pytest.raises(InputError, match="float32"):
-        flatness(loss, 1e3 * torch.ones(100), ONE, rho=10.0, sigma=1e-7)
+        flatness(never, 1e3 * torch.ones(100), ONE, rho=10.0, sigma=1e-7)
 
 
 def test_losses_that_end_nearby_have_no_average_but_a_lower_bound() -> None:

@@ -16,7 +16,7 @@ from eigenfunc.errors import InputError, NonFiniteError, NotConverged, Transform
 from eigenfunc.funm import funm_multiply
 from eigenfunc.operator import LinearOperator
 from eigenfunc.testing.spectra import FAMILIES, spectrum
-from tests.helpers import rotated
+from tests.helpers import nested, on_tree, rotated, vector
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp,
@@ -27,10 +27,6 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "square": lambda x: x * x,
     "constant": torch.ones_like,
 }
-
-
-def vector(n: int, seed: int) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def dense(A: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -114,13 +110,9 @@ def test_the_scales_of_matrix_and_vector_do_not_matter(dtype: torch.dtype, size:
 
 def test_trees_and_zero_vectors() -> None:
     A = rotated(torch.linspace(0.5, 3, 12).double(), 0)
-    like = {"z": torch.zeros(2, 3), "a": [torch.zeros(5), torch.zeros(())]}
-
-    def product(v: object) -> object:
-        return tree.unravel(tree.ravel(v, like) @ A.float(), like)
-
+    like = nested(12, torch.float32)
     v = tree.unravel(vector(12, 1).float(), like)
-    found = funm_multiply(LinearOperator(product, like), torch.exp, v, tol=1e-4)
+    found = funm_multiply(on_tree(A.float(), like), torch.exp, v, tol=1e-4)
     truth = dense(A, torch.exp) @ vector(12, 1)
     assert found.value["z"].shape == (2, 3)
     assert found.value["z"].dtype == torch.float32

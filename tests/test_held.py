@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from eigenfunc.curvature import products
 from eigenfunc.curvature.held import DERIVATIVES, Held
+from tests.helpers import normal
 
 
 @pytest.mark.parametrize("key", DERIVATIVES, ids=lambda key: f"{key[0].__name__} {key[1]}")
@@ -61,7 +62,7 @@ def assert_same(f: Callable[[Tensor], Tensor], x: Tensor) -> int:
 @settings(max_examples=20, deadline=None)
 def test_products_through_activations_are_unchanged(seed: int, key: Any) -> None:
     f, approximate = key
-    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = normal(4, 3, seed=seed)
     options = {"approximate": approximate} if f is F.gelu else {}
     assert assert_same(lambda p: (f(p * p + p, **options) ** 2).sum(), x) == 1
 
@@ -90,7 +91,7 @@ def test_products_through_cross_entropy_are_unchanged(
     assert assert_same(f, x) == 1
 
 
-X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+X = normal(4, 3)
 LABELS = torch.tensor([0, 2, 1, 1])
 ALONE: dict[str, Callable[[Tensor], Tensor]] = {
     "label smoothing": lambda p: F.cross_entropy(p * p, LABELS, label_smoothing=0.1),

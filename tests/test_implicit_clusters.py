@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
 from eigenfunc import EigenPairs, sharpness, top_eigenpairs
-
-ZERO = torch.zeros(()).double()
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def orthogonal(n: int, seed: int) -> Tensor:
-    return torch.linalg.qr(draw(n, n, seed=seed))[0]
-
-
-def difference(f: Callable[[Tensor], Tensor], h: float = 2e-4) -> Tensor:
-    """f'(0) by central differences of fourth order."""
-
-    def central(h: float) -> Tensor:
-        return (f(ZERO + h) - f(ZERO - h)) / (2 * h)
-
-    return (4 * central(h) - central(2 * h)) / 3
-
-
-def slope(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda t: jvp(f, (t,), (torch.ones_like(t),))[1]
+from tests.helpers import ZERO, difference, normal, orthogonal, slope
 
 
 def close(x: Tensor, y: Tensor, tolerance: float) -> bool:
@@ -42,7 +18,7 @@ def close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 def cluster(values: Tensor) -> tuple[Tensor, Tensor]:
     n = len(values)
     Q = orthogonal(n, 0)
-    change = draw(n, n, seed=1)
+    change = normal(n, n, seed=1)
     return Q @ torch.diag(values) @ Q.mT, change + change.mT
 
 
@@ -54,7 +30,7 @@ def test_the_sum_over_a_cluster_has_its_derivatives_and_single_vectors_stay_fini
     def run(t: Tensor) -> EigenPairs:
         form = A + t * change
         return top_eigenpairs(
-            lambda p, b: p @ b @ p / 2, torch.zeros(8).double(), form, k=k, num_steps=4, v0=draw(4, 8, seed=2)
+            lambda p, b: p @ b @ p / 2, torch.zeros(8).double(), form, k=k, num_steps=4, v0=normal(4, 8, seed=2)
         )
 
     def total(t: Tensor) -> Tensor:
@@ -65,7 +41,7 @@ def test_the_sum_over_a_cluster_has_its_derivatives_and_single_vectors_stay_fini
 
     def projector(t: Tensor) -> Tensor:
         rows = run(t).vectors
-        return (rows.mT @ rows * draw(8, 8, seed=3)).sum()
+        return (rows.mT @ rows * normal(8, 8, seed=3)).sum()
 
     assert torch.allclose(run(ZERO).values[:3], torch.full((3,), 3.0).double(), atol=1e-11)
     assert close(grad(total)(ZERO), difference(theirs), 1e-7)
@@ -78,7 +54,7 @@ def test_the_sum_over_a_cluster_has_its_derivatives_and_single_vectors_stay_fini
 
 def test_a_single_vector_of_a_cluster_moves_only_out_of_it() -> None:
     A, change = cluster(torch.tensor([3.0, 3.0, 2.0, 1.0, -1.0]).double())
-    start = draw(2, 5, seed=2)
+    start = normal(2, 5, seed=2)
 
     def run(t: Tensor) -> Tensor:
         form = A + t * change
@@ -98,7 +74,7 @@ def test_a_cluster_cut_by_k_stays_finite() -> None:
 
     def f(t: Tensor) -> Tensor:
         found = top_eigenpairs(
-            lambda p, b: p @ b @ p / 2, torch.zeros(5).double(), A + t * change, k=2, num_steps=2, v0=draw(3, 5)
+            lambda p, b: p @ b @ p / 2, torch.zeros(5).double(), A + t * change, k=2, num_steps=2, v0=normal(3, 5)
         )
         return found.values.sum() + (found.vectors**3).sum()
 

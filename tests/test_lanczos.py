@@ -1,4 +1,4 @@
-"""The pure kernels, against their defining identities and dense float64 matrices."""
+"""The pure kernels, against their defining identities and dense float64 matrices; under transforms: composition."""
 
 from __future__ import annotations
 
@@ -6,19 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 
 import eigenfunc
 from eigenfunc import tree
-
-
-def symmetric(n: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    g = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return ((g + g.mT) / 2).to(dtype)
-
-
-def vector(n: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from tests.helpers import nested, on_tree, symmetric, vector
 
 
 def tridiagonal(run: eigenfunc.Tridiagonal) -> Tensor:
@@ -41,11 +32,11 @@ def test_the_recurrence_holds_and_the_basis_is_orthonormal(n: int, seed: int, da
 
 def test_a_tree_gives_what_its_flat_vector_gives() -> None:
     A, v = symmetric(12, 0), vector(12, 1)
-    like = {"z": torch.zeros(2, 3).double(), "a": [torch.zeros(5).double(), torch.zeros(1).double()]}
+    like = nested(12)
     flat = eigenfunc.lanczos(lambda x: A @ x, v, 6)
-    nested = eigenfunc.lanczos(lambda x: tree.unravel(A @ tree.ravel(x, like), like), tree.unravel(v, like), 6)
-    assert torch.allclose(flat.alphas, nested.alphas, atol=1e-13, rtol=0)
-    assert torch.allclose(flat.basis, tree.ravel(nested.basis, like), atol=1e-12, rtol=0)
+    shaped = eigenfunc.lanczos(on_tree(A, like), tree.unravel(v, like), 6)
+    assert torch.allclose(flat.alphas, shaped.alphas, atol=1e-13, rtol=0)
+    assert torch.allclose(flat.basis, tree.ravel(shaped.basis, like), atol=1e-12, rtol=0)
 
 
 def test_sixty_steps_on_a_spread_spectrum_bring_no_second_copy() -> None:
@@ -69,43 +60,6 @@ def test_an_exhausted_space_is_masked_and_not_divided_by() -> None:
     assert run.alive.tolist() == [True, True, False, False]
     assert torch.isfinite(run.basis).all()
     assert torch.allclose(torch.linalg.eigvalsh(tridiagonal(run)[:2, :2]), torch.tensor([1.0, 3.0]).double())
-
-
-def test_vmap_over_start_vectors_equals_the_loop() -> None:
-    A = symmetric(10, 0)
-    starts = torch.stack([vector(10, s) for s in range(4)])
-    batched = vmap(lambda v: eigenfunc.lanczos(lambda x: A @ x, v, 5))(starts)
-    for i, v in enumerate(starts):
-        single = eigenfunc.lanczos(lambda x: A @ x, v, 5)
-        assert torch.allclose(batched.alphas[i], single.alphas, atol=1e-12, rtol=0)
-        assert torch.allclose(batched.basis[i], single.basis, atol=1e-12, rtol=0)
-
-
-def test_vmap_over_what_the_product_closes_over_equals_the_loop() -> None:
-    matrices, v = torch.stack([symmetric(8, s) for s in range(3)]), vector(8, 9)
-    batched = vmap(betas, in_dims=(0, None))(matrices, v)
-    for i, A in enumerate(matrices):
-        assert torch.allclose(batched[i], betas(A, v), atol=1e-12, rtol=0)
-
-
-def betas(A: Tensor, v: Tensor) -> Tensor:
-    return eigenfunc.lanczos(lambda x: A @ x, v, 4).betas
-
-
-def largest(A: Tensor, v: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(tridiagonal(eigenfunc.lanczos(lambda x: A @ x, v, 4)))[-1]
-
-
-def test_derivatives_through_the_steps_agree_with_central_differences() -> None:
-    A, D, v = symmetric(7, 0), symmetric(7, 1), vector(7, 2)
-    h = 1e-6
-    slope = (largest(A + h * D, v) - largest(A - h * D, v)) / (2 * h)
-    forward = jvp(lambda M: largest(M, v), (A,), (D,))[1]
-    reverse = (grad(lambda M: largest(M, v))(A) * D).sum()
-    assert abs(forward - slope) < 1e-8
-    assert abs(reverse - slope) < 1e-8
-    batched = vmap(grad(largest), in_dims=(0, None))(torch.stack([A, D]), v)
-    assert torch.allclose((batched[0] * D).sum(), slope, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.05])

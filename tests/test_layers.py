@@ -17,13 +17,12 @@ from eigenfunc.curvature import products
 from eigenfunc.errors import InputError, ObjectiveError, TransformError, TreeError
 from eigenfunc.layers import blocks, eigsh_blocks
 from eigenfunc.selection import grouped
-from tests.helpers import dense_hessian, plain, rotated
+from tests.helpers import cut, dense_hessian, labelled, plain, rotated, seeded
 
 Setting = tuple[Any, dict[str, Tensor], "Counted"]
 
-X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0)).double()
-Y = torch.randint(0, 3, (24,), generator=torch.Generator().manual_seed(1))
-CUT = list(zip(X.split([10, 10, 4]), Y.split([10, 10, 4]), strict=True))
+X, Y = labelled(24)
+CUT = cut((X, Y), [10, 10, 4])
 
 
 class Counted:
@@ -53,8 +52,7 @@ class Scaled(nn.Module):
 
 
 def model() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
+    with seeded(3):
         return Scaled().double()
 
 

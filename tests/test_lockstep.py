@@ -13,7 +13,7 @@ from torch import nn
 from eigenfunc import Batches, LinearOperator, Solution, eigsh, functional_loss, hessian, tree
 from eigenfunc.errors import InputError, NonFiniteError, NotConverged
 from eigenfunc.layers import eigsh_blocks
-from tests.helpers import untouched
+from tests.helpers import mlp, never, untouched
 from tests.test_layers import CUT, LAYERS, Counted, dense_blocks, module, owners, setting
 
 
@@ -83,9 +83,7 @@ def test_preconditioned_layers_share_their_passes_too() -> None:
 
 
 def test_nothing_of_the_model_changes_and_dropout_repeats() -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 3)).double()
+    net = mlp(nn.BatchNorm1d(8), nn.Dropout(0.3), sizes=(5, 8, 3))
     loss, params = functional_loss(net, nn.CrossEntropyLoss())
     with untouched(net):
         for cache in (0, 2**30):
@@ -147,9 +145,6 @@ def test_a_layer_with_nan_is_named() -> None:
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"tol": 2.0}, {"which": "XX"}, {"k": (0, 0), "which": "BE"}, {"seed": -1}])
 def test_bad_arguments_fail_before_the_first_sweep(wrong: dict[str, Any]) -> None:
-    def never(v: Any) -> Any:
-        raise AssertionError
-
     A = LinearOperator(never, {"a": torch.zeros(3), "b": torch.zeros(5)})
     with pytest.raises(InputError):
         eigsh_blocks(A, **{"by": "parameter", **wrong})

@@ -20,11 +20,7 @@ from eigenfunc import hessian, hvp
 from eigenfunc.curvature import elementary, products
 from eigenfunc.curvature.mends import MENDS, Seen, mended
 from eigenfunc.errors import ProductError
-
-
-def normal(*shape: int, seed: int = 7) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
+from tests.helpers import difference, normal
 
 X = normal(4, 6)
 LABELS = torch.tensor([0, 2, 1, 5])
@@ -107,14 +103,13 @@ NEEDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 def truth(f: Callable[[Tensor], Tensor], p: Tensor, v: Tensor) -> Tensor:
     """H v by fourth-order differences of plain gradients; a constant's change is taken out by holding it."""
 
-    def slope(t: float) -> Tensor:
+    def slope(t: Tensor) -> Tensor:
         leaf = (p + t * v).requires_grad_()
         f(leaf).backward()
         assert leaf.grad is not None
         return leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
 
-    h = 1e-4
-    return (8 * (slope(h) - slope(-h)) - (slope(2 * h) - slope(-2 * h))) / (12 * h)
+    return difference(slope, 1e-4)
 
 
 EXPECTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

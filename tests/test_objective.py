@@ -13,16 +13,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from eigenfunc import functional_loss, hessian
 from eigenfunc.errors import InputError, ObjectiveError, TreeError
-from tests.helpers import assert_blocks_close, dense_hessian, flat, plain, random_like, untouched
+from tests.helpers import assert_blocks_close, dense_hessian, flat, labelled, mlp, plain, random_like, untouched
 
-X = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).double()
-Y = torch.randint(0, 3, (12,), generator=torch.Generator().manual_seed(1))
+X, Y = labelled(12)
 CE = nn.CrossEntropyLoss()
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
 
 
 def assert_right(model: nn.Module, value: Any, loss: Any, params: Any, batch: Any) -> None:
@@ -168,8 +162,7 @@ def test_a_submodule_reached_by_two_paths_keeps_its_parameters() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_changes_no_buffer(training: bool) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double().train(training)
+    model = mlp(nn.BatchNorm1d(4)).train(training)
     loss, params = functional_loss(model, CE)
     assert_right(model, lambda m: CE(m(X), Y), loss, params, (X, Y))
 

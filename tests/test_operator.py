@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eigenfunc import LinearOperator, aslinearoperator, eigsh, functional_loss, hessian, tree
 from eigenfunc.errors import InputError, TreeError
-from tests.helpers import rotated
+from tests.helpers import labelled, mlp, normal, symmetric
 
 CE = nn.CrossEntropyLoss()
 
@@ -34,10 +34,6 @@ def trees(draw: st.DrawFn) -> Any:
         max_leaves=5,
     )
     return draw(nested)
-
-
-def symmetric(n: int, seed: int) -> Tensor:
-    return rotated(torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), seed)
 
 
 def on(like: Any, matrix: Tensor) -> LinearOperator:
@@ -67,12 +63,7 @@ def test_products_are_linear_and_symmetric_on_any_tree(like: Any, seed: int, a: 
 @given(hidden=st.integers(1, 5), seed=st.integers(0, 10_000), a=st.floats(-3, 3))
 @settings(deadline=None, max_examples=15)
 def test_hessians_are_linear_and_symmetric(hidden: int, seed: int, a: float) -> None:
-    g = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(6, 3, generator=g).double(), torch.randint(0, 2, (6,), generator=g)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 2)).double()
-    A = hessian(*functional_loss(model, CE), (x, y))
+    A = hessian(*functional_loss(mlp(sizes=(3, hidden, 2), seed=seed), CE), labelled(6, 3, 2))
     u, v = vector(A.like, seed), vector(A.like, seed + 1)
     assert close(A(tree.add(tree.scale(a, u), v)), tree.add(tree.scale(a, A(u)), A(v)), A.like)
     assert abs(tree.dot(u, A(v)) - tree.dot(v, A(u))) < 1e-12 * (1 + tree.norm(A(v)) * tree.norm(u))
@@ -104,9 +95,8 @@ def test_sums_scalings_shifts_and_deflations_equal_the_dense_ones(like: Any, see
 
 
 def test_a_restriction_is_the_principal_block() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
-    A = hessian(*functional_loss(model, nn.MSELoss()), (x, x[:, :2]))
+    x = normal(8, 3)
+    A = hessian(*functional_loss(mlp(sizes=(3, 4, 2)), nn.MSELoss()), (x, x[:, :2]))
     dense = A.to_dense()
     labels = [name for name, leaf in zip(tree.names(A.like), tree.leaves(A.like), strict=True) for _ in leaf.flatten()]
     for select in ("0", "*.bias", ["0.weight", "2.bias"], lambda name: "weight" in name):

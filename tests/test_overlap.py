@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -17,22 +16,13 @@ from eigenfunc import Batches, demo, eigsh, functional_loss, hessian, tree
 from eigenfunc.errors import DataError, InputError, ObjectiveError, TreeError
 from eigenfunc.overlap import gradient, gradient_overlap, gradient_shares, principal_angles, subspace_overlap
 from eigenfunc.solution import EigenPairs
-from tests.helpers import flat, untouched
+from tests.helpers import cut, flat, labelled, mlp, normal, seeded, untouched
 
-X = torch.randn(10, 5, generator=torch.Generator().manual_seed(0)).double()
-Y = torch.randint(0, 3, (10,), generator=torch.Generator().manual_seed(1))
-
-
-def net(dropout: float = 0.0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 3)
-        ).double()
+X, Y = labelled(10)
 
 
-def cut(sizes: list[int]) -> Batches:
-    return Batches(list(zip(X.split(sizes), Y.split(sizes), strict=True)))
+def net(dropout: float = 0.0) -> nn.Module:
+    return mlp(nn.BatchNorm1d(4), nn.Dropout(dropout))
 
 
 @pytest.mark.parametrize("sizes", [[10], [7, 3], [1, 4, 5]])
@@ -41,12 +31,12 @@ def test_the_gradient_is_that_of_the_whole_data_and_leaves_no_trace(sizes: list[
     loss, params = functional_loss(model, F.cross_entropy)
     F.cross_entropy(model(X), Y).backward()  # `.grad` holds something that must stay
     with untouched(model):
-        found = gradient(loss, params, cut(sizes))
+        found = gradient(loss, params, Batches(cut((X, Y), sizes)))
     for name, p in model.named_parameters():
         assert p.grad is not None
         assert (found[name] - p.grad).abs().max() < 1e-14
     summed, _ = functional_loss(model, nn.CrossEntropyLoss(reduction="sum"))
-    total = gradient(summed, params, Batches(cut(sizes).data, reduction="sum"))
+    total = gradient(summed, params, Batches(cut((X, Y), sizes), reduction="sum"))
     assert (flat(total) - 10 * flat(found)).abs().max() < 1e-12
     assert not any(leaf.requires_grad for leaf in found.values())
 
@@ -55,9 +45,9 @@ def test_modes_of_the_model_and_the_caller_change_nothing() -> None:
     model = net(dropout=0.4)
     loss, params = functional_loss(model, F.cross_entropy)
     with untouched(model):
-        first = gradient(loss, params, cut([5, 5]))
+        first = gradient(loss, params, Batches(cut((X, Y), [5, 5])))
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            second = gradient(loss, params, cut([5, 5]))
+            second = gradient(loss, params, Batches(cut((X, Y), [5, 5])))
     assert torch.equal(flat(first), flat(second))
     half = tree.tree_map(lambda leaf: leaf.bfloat16(), params)
     slopes = gradient(lambda p, x: (p["0.bias"] ** 2).sum() * x, half, torch.ones(()))
@@ -78,12 +68,7 @@ def test_unused_parameters_have_slope_zero_and_bad_losses_are_refused() -> None:
 
 
 def orthonormal(k: int, n: int, seed: int) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(n, k, generator=g, dtype=torch.float64)).Q.mT
-
-
-def stacked(rows: Tensor, like: Any) -> Any:
-    return tree.unravel(rows, like)
+    return torch.linalg.qr(normal(n, k, seed=seed)).Q.mT
 
 
 @given(k=st.integers(1, 6), seed=st.integers(0, 10_000))
@@ -91,7 +76,7 @@ def stacked(rows: Tensor, like: Any) -> Any:
 def test_shares_are_those_of_the_dense_projection(k: int, seed: int) -> None:
     loss, params = functional_loss(net(), F.cross_entropy)
     rows = orthonormal(k, tree.size(params), seed)
-    pairs = EigenPairs(torch.zeros(k), stacked(rows, params), torch.zeros(k))
+    pairs = EigenPairs(torch.zeros(k), tree.unravel(rows, params), torch.zeros(k))
     g = tree.ravel(gradient(loss, params, (X, Y)), params)
     shares = gradient_shares(loss, params, (X, Y), pairs)
     for i in range(k):
@@ -106,12 +91,12 @@ def test_shares_are_those_of_the_dense_projection(k: int, seed: int) -> None:
 def test_vectors_that_are_no_basis_of_the_space_are_refused() -> None:
     loss, params = functional_loss(net(), F.cross_entropy)
     rows = orthonormal(2, tree.size(params), 0)
-    good = stacked(rows, params)
+    good = tree.unravel(rows, params)
     for bad in (2 * rows, rows[[0, 0]], rows * float("nan")):
         with pytest.raises(InputError, match="not orthonormal"):
-            gradient_overlap(loss, params, (X, Y), stacked(bad, params))
+            gradient_overlap(loss, params, (X, Y), tree.unravel(bad, params))
         with pytest.raises(InputError, match="vectors of b are not orthonormal"):
-            subspace_overlap(good, stacked(bad, params))
+            subspace_overlap(good, tree.unravel(bad, params))
     with pytest.raises(TreeError, match="structure"):
         gradient_overlap(loss, params, (X, Y), {"0.bias": torch.eye(4).double()})
     with pytest.raises(TreeError, match="a is no stack of vectors: the first axes of its leaves, \\[2, 3\\]"):
@@ -126,7 +111,7 @@ def test_vectors_that_are_no_basis_of_the_space_are_refused() -> None:
 def test_overlaps_and_angles_are_those_of_scipy(a: int, b: int, n: int, seed: int) -> None:
     V, W = orthonormal(a, n, seed), orthonormal(b, n, seed + 1)
     like = {"x": torch.zeros(n - 4).double(), "y": torch.zeros(2, 2).double()}
-    one, other = stacked(V, like), stacked(W, like)
+    one, other = tree.unravel(V, like), tree.unravel(W, like)
     angles = torch.tensor(subspace_angles(V.mT.numpy(), W.mT.numpy())).flip(0)
     angles[: max(0, a + b - n)] = 0  # so many directions are common for certain, where SciPy comes out at 1e-8
     assert (principal_angles(one, other) - angles).abs().max() < 1e-13
@@ -145,7 +130,7 @@ def test_small_angles_keep_their_digits_beside_large_ones(angles: list[float]) -
     V = turn @ basis[:k]
     W = back @ (torch.cos(theta)[:, None] * basis[:k] + torch.sin(theta)[:, None] * basis[k:])
     like = {"x": torch.zeros(n - 7).double(), "y": torch.zeros(7).double()}
-    found = principal_angles(stacked(V, like), stacked(W, like))
+    found = principal_angles(tree.unravel(V, like), tree.unravel(W, like))
     assert (found - theta).abs().max() < 50 * torch.finfo(torch.float64).eps
     assert subspace_overlap(V, W) == pytest.approx(float((torch.cos(theta) ** 2).mean()), abs=1e-14)
 
@@ -170,8 +155,7 @@ def test_the_gradient_of_a_classifier_moves_into_a_tiny_subspace() -> None:
     """G. Gur-Ari, D. Roberts, E. Dyer 2018, on the digits: the ten top eigenvectors, of 26,122, hold most of it."""
     images, labels = demo.digits()
     x = images.flatten(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded():
         sizes = [64, 128, 128, 10]
         layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
         for layer in layers:

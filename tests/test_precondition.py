@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from eigenfunc import LinearOperator, aslinearoperator, demo, eigsh, functional_loss, hessian, tree
 from eigenfunc.errors import InputError, TreeError
 from eigenfunc.preconditioners import adam_preconditioner
-from tests.helpers import rotated
+from tests.helpers import mlp, normal, rotated, seeded
 
 LIKE = {"b": torch.zeros(3).double(), "a": [torch.zeros(2, 2).double(), torch.zeros(()).double()]}
 
@@ -96,13 +96,7 @@ def test_diagonals_of_another_shape_are_refused() -> None:
         A.precondition(tree.tree_map(lambda leaf: torch.ones(leaf.shape, dtype=torch.long), LIKE))
 
 
-def net() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-
-
-X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).double()
+X = normal(12, 4)
 
 
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -132,7 +126,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("steps", [1, 2, 12])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_diagonal_is_what_the_step_was_divided_by(kind: str, steps: int) -> None:
-    model = net()
+    model = mlp(sizes=(4, 3, 2))
     optimizer = OPTIMIZERS[kind](model.parameters())
     before, gradients = trained(model, optimizer, steps)
     d = adam_preconditioner(optimizer, functional_loss(model, F.mse_loss)[1])
@@ -153,7 +147,7 @@ def test_two_steps_of_adam_by_hand() -> None:
 
 
 def test_parameters_are_found_by_memory_or_by_name_in_any_group() -> None:
-    model = net()
+    model = mlp(sizes=(4, 3, 2))
     groups = [{"params": list(model[2].parameters()), "betas": (0.9, 0.5)}, {"params": list(model[0].parameters())}]
     optimizer = torch.optim.Adam(groups, RATE)
     trained(model, optimizer, 3)
@@ -176,7 +170,7 @@ def test_parameters_are_found_by_memory_or_by_name_in_any_group() -> None:
 
 
 def test_what_has_no_second_moment_is_refused() -> None:
-    model = net()
+    model = mlp(sizes=(4, 3, 2))
     params = functional_loss(model, F.mse_loss)[1]
     for optimizer in (torch.optim.Adam(model.parameters()), torch.optim.Adagrad(model.parameters())):
         with pytest.raises(InputError, match=r"no second moment of parameter '0\.bias' yet: take a step"):
@@ -186,7 +180,7 @@ def test_what_has_no_second_moment_is_refused() -> None:
 
 
 def test_the_state_of_the_optimizer_stays_as_it_is() -> None:
-    model = net()
+    model = mlp(sizes=(4, 3, 2))
     optimizer = torch.optim.Adam(model.parameters())
     trained(model, optimizer, 2)
     before = copy.deepcopy(optimizer.state_dict())
@@ -203,8 +197,7 @@ def test_full_batch_adam_trains_at_the_edge_of_its_stability() -> None:
     rate = 1e-3
     images, labels = demo.digits()
     x, y = images[:500].flatten(1), F.one_hot(labels[:500], 10).float()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded():
         model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
         model.append(nn.Linear(32, 10))
         for layer in model[::2]:

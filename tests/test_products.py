@@ -8,19 +8,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 
 import eigenfunc
 from eigenfunc import eigsh, functional_loss, hessian, hvp
-from tests.helpers import Params, assert_blocks_close, dense_hessian, flat, plain, random_like, untouched
+from tests.helpers import (
+    Params,
+    assert_blocks_close,
+    dense_hessian,
+    difference,
+    flat,
+    normal,
+    plain,
+    random_like,
+    seeded,
+    untouched,
+)
 
 CE = nn.CrossEntropyLoss()
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
 class Attention(nn.Module):
@@ -123,8 +130,7 @@ LOSSES: dict[str, tuple[Any, Tensor]] = {
 
 def made(name: str) -> tuple[nn.Module, Tensor]:
     factory, x = MODELS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
+    with seeded(3):
         return factory().double(), x
 
 
@@ -132,13 +138,12 @@ def by_differences(model: nn.Module, value: Callable[[Any], Tensor], params: Par
     """Fourth-order central differences of ordinary gradients: no second derivative is asked of autograd."""
     loss = plain(model, value)
 
-    def slope(t: float) -> Tensor:
+    def slope(t: Tensor) -> Tensor:
         leaves = {name: (params[name] + t * v[name]).requires_grad_() for name in params}
         slopes = torch.autograd.grad(loss(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return flat(dict(zip(leaves, slopes, strict=True)))
 
-    h = 3e-5
-    return (8 * (slope(h) - slope(-h)) - (slope(2 * h) - slope(-2 * h))) / (12 * h)
+    return difference(slope, 3e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -186,37 +191,6 @@ def test_hvp_itself_agrees_and_goes_under_vmap_over_vectors(name: str) -> None:
     H = dense_hessian(plain(model, lambda m: CE(m(x), LABELS)), params)
     for i, v in enumerate(vs):
         assert_blocks_close({n: image[i] for n, image in images.items()}, H @ flat(v), 1e-11)
-
-
-def test_hvp_goes_under_vmap_over_stacked_models_and_under_grad_and_jvp() -> None:
-    x = normal(6, 4)
-    models = [with_nonlinearity(nn.Tanh()).double() for _ in range(3)]
-    params, _ = stack_module_state(models)
-    params = {name: p.detach() for name, p in params.items()}
-
-    def loss(params: Params, batch: Any) -> Tensor:
-        return CE(functional_call(models[0], params, (batch[0],)), batch[1])
-
-    v = {name: random_like(params)[name] for name in params}
-    images = vmap(lambda p, u: hvp(loss, p, (x, LABELS), u))(params, v)
-    for i, model in enumerate(models):
-        one = {name: p.detach() for name, p in model.named_parameters()}
-        H = dense_hessian(plain(model, lambda m: CE(m(x), LABELS)), one)
-        assert_blocks_close({n: image[i] for n, image in images.items()}, H @ flat({n: v[n][i] for n in v}), 1e-11)
-
-    point, u = {n: p[0] for n, p in params.items()}, {n: x[0] for n, x in v.items()}
-
-    def curvature(p: Params) -> Tensor:
-        image = hvp(loss, p, (x, LABELS), u)
-        total: Tensor = sum((image[n] * u[n]).sum() for n in u)  # type: ignore[assignment]
-        return total
-
-    direction = random_like(point, 5)
-    h = 1e-5
-    ahead, behind = (curvature({n: point[n] + s * h * direction[n] for n in point}) for s in (1, -1))
-    slope = sum((g * direction[n]).sum() for n, g in grad(curvature)(point).items())
-    assert abs(slope - (ahead - behind) / (2 * h)) < 1e-7 * abs(slope)
-    assert abs(jvp(curvature, (point,), (direction,))[1] - slope) < 1e-11 * abs(slope)
 
 
 def test_the_operator_inside_a_transform_is_the_pure_product() -> None:

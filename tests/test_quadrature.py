@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
-from eigenfunc import hvp, tree
+from eigenfunc import tree
 from eigenfunc.krylov.quadrature import Quadrature, quadrature
 from eigenfunc.testing import spectrum
-from tests.helpers import dense_hessian, flat, random_like, rotated
-
-
-def symmetric(n: int, seed: int) -> Tensor:
-    g = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (g + g.mT) / 2
-
-
-def vector(n: int, seed: int) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.helpers import nested, on_tree, rotated, symmetric, vector
 
 
 def rule(A: Tensor, v: Tensor, m: int) -> Quadrature:
@@ -83,13 +72,13 @@ def test_a_zero_vector_and_an_eigenvector() -> None:
 
 
 def test_a_tree_in_float32_gives_what_its_flat_vector_gives() -> None:
-    like = {"z": torch.zeros(2, 3), "a": [torch.zeros(5), torch.zeros(())]}
+    like = nested(12, torch.float32)
     A, v = symmetric(12, 0), vector(12, 1).float()
-    nested = quadrature(lambda x: tree.unravel(A.float() @ tree.ravel(x, like), like), tree.unravel(v, like), 6)
+    shaped = quadrature(on_tree(A.float(), like), tree.unravel(v, like), 6)
     exact = rule(A, v.double(), 6)
-    assert nested.nodes.dtype == torch.float64
-    assert torch.allclose(nested.nodes, exact.nodes, atol=1e-5, rtol=0)
-    assert torch.allclose(nested.weights, exact.weights, atol=1e-4, rtol=0)
+    assert shaped.nodes.dtype == torch.float64
+    assert torch.allclose(shaped.nodes, exact.nodes, atol=1e-5, rtol=0)
+    assert torch.allclose(shaped.weights, exact.weights, atol=1e-4, rtol=0)
 
 
 CASES = {
@@ -145,48 +134,3 @@ def test_vmap_over_start_vectors_matrices_and_gradients_equals_the_loop() -> Non
         assert torch.allclose(nodes[i], single.nodes, atol=1e-13, rtol=0)
         assert torch.allclose(weights[i], single.weights, atol=1e-13, rtol=0)
         assert torch.allclose(slopes[i], grad(lambda A, v: integral(A, v, 4))(A, v), atol=1e-11, rtol=0)
-
-
-def networks() -> tuple[torch.nn.Module, list[torch.nn.Module], Tensor, Tensor]:
-    def made(seed: int) -> torch.nn.Module:
-        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
-        for i, p in enumerate(net.parameters()):
-            p.data = random_like({"p": p.data}, 10 * seed + i)["p"]
-        return net
-
-    inputs, targets = random_like({"x": torch.zeros(8, 3).double(), "y": torch.zeros(8, 2).double()}, 99).values()
-    return made(0), [made(1), made(2), made(3)], inputs, targets
-
-
-def test_vmap_over_models_equals_the_loop_and_the_dense_hessians() -> None:
-    base, models, inputs, targets = networks()
-
-    def loss(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-        return ((functional_call(base, params, batch[0]) - batch[1]) ** 2).mean()
-
-    batch = (inputs, targets)
-    stacked: dict[str, Any] = {k: v.detach() for k, v in stack_module_state(models)[0].items()}
-    v0 = random_like({name: leaf[0] for name, leaf in stacked.items()}, 5)
-
-    def one(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        nodes, weights = quadrature(lambda v: hvp(loss, params, batch, v), v0, 6)
-        return nodes, weights
-
-    nodes, weights = vmap(one)(stacked)
-    for i, model in enumerate(models):
-        params = {name: p.detach() for name, p in model.named_parameters()}
-        single = one(params)
-        assert torch.allclose(nodes[i], single[0], atol=1e-11, rtol=0)
-        assert torch.allclose(weights[i], single[1], atol=1e-10, rtol=0)
-        H, v = dense_hessian(lambda p: loss(p, batch), params), flat(v0)
-        for power in (1, 5, 11):
-            exact = v @ torch.linalg.matrix_power(H, power) @ v
-            assert abs((weights[i] * nodes[i] ** power).sum() - exact) < 1e-10 * abs(exact)
-
-
-def test_the_compiler_takes_it_whole() -> None:
-    A, v = symmetric(6, 0), vector(6, 1)
-    compiled = torch.compile(rule, fullgraph=True, backend="aot_eager")
-    found, exact = compiled(A, v, 3), rule(A, v, 3)
-    assert torch.allclose(found.nodes, exact.nodes, atol=1e-13, rtol=0)
-    assert torch.allclose(found.weights, exact.weights, atol=1e-13, rtol=0)

@@ -12,55 +12,23 @@ from torch.nn import functional as F
 import eigenfunc
 from eigenfunc import functional_loss, hessian, hvp
 from eigenfunc.errors import DataError, EigenfuncError, InputError, ObjectiveError, ProductError, TreeError
-from tests.helpers import Params, random_like, untouched
+from tests.cubes import CubeAdjoint, CubeOnce
+from tests.helpers import Params, never, normal, random_like, untouched
 
 CE = nn.CrossEntropyLoss()
-X = torch.randn(6, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+X = normal(6, 4)
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2])
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
 def normalised() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
 
 
-class Once(torch.autograd.Function):
-    """The square, whose backward forgets to be differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return 2 * x * slope
-
-
-class Adjoint(torch.autograd.Function):
-    """The cube, whose backward hands out numbers without a graph, as adjoint solvers do."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return (3 * x * x * slope).detach()
-
-
 REFUSED: dict[str, Any] = {
-    "once differentiable": lambda p, batch: (Once.apply(p) * batch).sum() + (p**4).sum(),
-    "once differentiable, alone": lambda p, batch: (Once.apply(p) * batch).sum(),
-    "adjoint": lambda p, batch: (Adjoint.apply(p) * batch).sum() + (p**4).sum(),
-    "adjoint, whose zero Hessian is none": lambda p, batch: (Adjoint.apply(p) * batch).sum(),
+    "once differentiable": lambda p, batch: (CubeOnce.apply(p) * batch).sum() + (p**4).sum(),
+    "once differentiable, alone": lambda p, batch: (CubeOnce.apply(p) * batch).sum(),
+    "adjoint": lambda p, batch: (CubeAdjoint.apply(p) * batch).sum() + (p**4).sum(),
+    "adjoint, whose zero Hessian is none": lambda p, batch: (CubeAdjoint.apply(p) * batch).sum(),
 }
 
 
@@ -149,15 +117,11 @@ BAD_POINTS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", BAD_POINTS)
 def test_points_that_are_none_are_refused_before_the_first_product(name: str) -> None:
     params, message = BAD_POINTS[name]
-
-    def loss(p: Any, batch: Any) -> Tensor:
-        raise AssertionError("the loss was called")
-
     with pytest.raises(EigenfuncError, match=message):
-        hessian(loss, params, torch.ones(1))
+        hessian(never, params, torch.ones(1))
     if name != "nan":
         with pytest.raises(EigenfuncError, match=message):
-            hvp(loss, params, torch.ones(1), params)
+            hvp(never, params, torch.ones(1), params)
 
 
 @pytest.mark.parametrize("wrong", ["structure", "shape", "dtype", "device"])

@@ -15,13 +15,9 @@ from eigenfunc.krylov import conjugate, minres
 from eigenfunc.operator import LinearOperator
 from eigenfunc.solve import solve
 from eigenfunc.testing.spectra import FAMILIES, spectrum
-from tests.helpers import rotated, untouched
+from tests.helpers import Counted, mlp, normal, rotated, untouched, vector
 
 METHODS = ["cg", "minres"]
-
-
-def vector(n: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -141,9 +137,7 @@ def test_zero_right_hand_sides_cost_nothing() -> None:
 
 
 def test_a_newton_step_on_a_network_leaves_it_untouched() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    batch = (torch.randn(30, 5).double(), torch.randn(30, 2).double())
+    model, batch = mlp(), (normal(30, 5), normal(30, 3, seed=1))
     with untouched(model):
         loss, params = functional_loss(model, nn.MSELoss())
         A = hessian(loss, params, batch)
@@ -198,11 +192,6 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_products_that_become_nan_are_an_error(method: str) -> None:
-    calls = []
-
-    def product(v: Tensor) -> Tensor:
-        calls.append(1)
-        return v * torch.linspace(1, 2, 9) * (math.nan if len(calls) > 3 else 1)
-
+    product = Counted(lambda v: v * torch.linspace(1, 2, 9) * (math.nan if product.calls > 3 else 1))
     with pytest.raises(NonFiniteError):
         solve(LinearOperator(product, torch.zeros(9)), torch.ones(9), method=method)

@@ -19,6 +19,8 @@ from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import InputError, Stopped, StorageError
 from eigenfunc.krylov import basis, lanczos as kernel
 from eigenfunc.operator import LinearOperator, aslinearoperator
+from tests.helpers import never, normal
+from tests.stopped import diagonal
 
 PIECE = 16_384
 N = 2 * PIECE + 1_234  # three pieces, the last one short
@@ -37,12 +39,8 @@ def spectrum(n: int) -> Tensor:
     return values[torch.randperm(n, generator=torch.Generator().manual_seed(2))]
 
 
-def diagonal(values: Tensor) -> LinearOperator:
-    return aslinearoperator(lambda v: values * v, values)
-
-
 def stacked(rows: int, columns: int = N, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return normal(rows, columns, seed=seed, dtype=dtype)
 
 
 def on_disk(x: Tensor, folder: Path) -> Tensor:
@@ -168,10 +166,7 @@ def test_a_full_disk_is_an_error_before_the_first_product(tmp_path: Path, monkey
 
 
 def test_a_disk_that_is_too_small_is_found_out_before_any_product(tmp_path: Path) -> None:
-    def product(v: Tensor) -> Tensor:
-        raise AssertionError("multiplied")
-
-    A = aslinearoperator(product, torch.zeros((), dtype=torch.float32).expand(10**14))
+    A = aslinearoperator(never, torch.zeros((), dtype=torch.float32).expand(10**14))
     with pytest.raises(StorageError, match="free, and the run needs"):
         eigsh(A, 1, basis_path=tmp_path)
 
@@ -185,7 +180,7 @@ def test_a_path_that_is_no_folder_is_refused(folder: object) -> None:
 RESIDENT = """
 import resource, sys, torch
 from eigenfunc.eigsh import eigsh
-from eigenfunc.operator import aslinearoperator
+from eigenfunc.operator import LinearOperator, aslinearoperator
 torch.set_num_threads(1)
 def diagonal(n):
     values = 0.01 * torch.rand(n, generator=torch.Generator().manual_seed(1))

@@ -31,6 +31,7 @@ from eigenfunc.testing import (
     strategies,
 )
 from eigenfunc.testing.problems import Rotation, gap, select
+from tests.helpers import second_derivatives
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -215,23 +216,12 @@ def test_the_wanted_values_and_their_gap_are_those_of_brute_force(
     assert gap(rising, k, which) == min(apart, default=float("inf"))
 
 
-def dense_second_derivative(made: SmallLoss) -> Tensor:
-    """By double backward on the leaves, one row at a time."""
-    leaves, rebuild = tree.flatten(made.params)
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    slopes = torch.autograd.grad(made.loss(rebuild(leaves), made.batch), leaves, create_graph=True)
-    rows = []
-    for entry in torch.cat([slope.reshape(-1) for slope in slopes]):
-        row = torch.autograd.grad(entry, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-        rows.append(torch.cat([block.reshape(-1) for block in row]))
-    return torch.stack(rows)
-
-
 @pytest.mark.parametrize("kind", LOSSES)
 def test_hessians_in_closed_form_are_second_derivatives(kind: str) -> None:
     for seed in range(8):
         made = small_loss(kind, seed)
-        truth = dense_second_derivative(made)
+        leaves, rebuild = tree.flatten(tree.tree_map(lambda leaf: leaf.clone().requires_grad_(), made.params))
+        truth = second_derivatives(made.loss(rebuild(leaves), made.batch), leaves)
         assert (made.hessian - truth).abs().max() <= 1e-12 * truth.abs().max()
 
 

@@ -9,17 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad, jvp
+from torch.func import grad
 
 from eigenfunc import functional_loss, hvp, sharpness, tree
 from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.thrice import Thrice
-
-ZERO = torch.zeros(()).double()
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.helpers import ZERO, difference, normal, random_like, slope
 
 
 def mixed(y: Tensor) -> Tensor:
@@ -34,7 +29,7 @@ def definite(x: Tensor) -> Tensor:
     return rows(x).mT @ rows(x) + torch.eye(4)
 
 
-OTHER = draw(6, 4, seed=9)
+OTHER = normal(6, 4, seed=9)
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer norm": lambda x: mixed(F.layer_norm(rows(x), (4,), x[:4], x[4:8])),
     "layer norm over two axes": lambda x: mixed(F.layer_norm(x.reshape(2, 3, 4), (3, 4))),
@@ -62,25 +57,14 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def slope(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda t: jvp(f, (t,), (torch.ones_like(t),))[1]
-
-
-def difference(f: Callable[[Tensor], Tensor], h: float = 1e-4) -> Tensor:
-    def central(h: float) -> Tensor:
-        return (f(ZERO + h) - f(ZERO - h)) / (2 * h)
-
-    return (4 * central(h) - central(2 * h)) / 3
-
-
 def close(x: Tensor, y: Tensor, tolerance: float = 1e-6) -> bool:
     return bool((x - y).abs() <= tolerance * (y.abs() + 1e-2))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_third_and_fourth_derivatives(name: str) -> None:
-    f, x = FUNCTIONS[name], 0.7 * draw(24, seed=1)
-    v, a, way = draw(24, seed=2), draw(24, seed=3), draw(24, seed=4)
+    f, x = FUNCTIONS[name], 0.7 * normal(24, seed=1)
+    v, a, way = normal(24, seed=2), normal(24, seed=3), normal(24, seed=4)
 
     def second(t: Tensor) -> Tensor:
         with Thrice():
@@ -126,7 +110,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], nn.Module, Any]] = {
     "batch norm": (
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(64, 3)),
         nn.CrossEntropyLoss(),
-        (draw(5, 1, 6, 6), torch.arange(5) % 3),
+        (normal(5, 1, 6, 6), torch.arange(5) % 3),
     ),
     "squared error": (
         lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)),
@@ -143,10 +127,10 @@ def test_the_sharpness_of_common_models_has_its_derivatives(name: str) -> None:
         model = build()
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
-            p.data = draw(*p.shape, seed=i) / (p.shape[-1] ** 0.5 if p.ndim > 1 else 2) + (p.ndim == 1)
+            p.data = normal(*p.shape, seed=i) / (p.shape[-1] ** 0.5 if p.ndim > 1 else 2) + (p.ndim == 1)
         model.double()
     loss, params = functional_loss(model, criterion)
-    start, way = ({name: draw(*p.shape, seed=s + i) for i, (name, p) in enumerate(params.items())} for s in (100, 200))
+    start, way = random_like(params, 1), random_like(params, 2)
 
     def f(t: Tensor) -> Tensor:
         return sharpness(loss, tree.add(params, tree.scale(t, way)), batch, num_steps=30, v0=start)

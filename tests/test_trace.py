@@ -11,33 +11,20 @@ import scipy.stats
 import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vmap
+from torch.func import vmap
 
-from eigenfunc import tree
 from eigenfunc.errors import InputError, NonFiniteError, TransformError, TreeError
-from eigenfunc.krylov.probes import trace_probes
 from eigenfunc.operator import LinearOperator, aslinearoperator
 from eigenfunc.stochastic.estimate import Estimate, quantile
 from eigenfunc.stochastic.trace import frobenius_norm, trace
-from tests.helpers import rotated
+from tests.helpers import covered, example_spectra, nested, on_tree, rotated, symmetric, vector
 
 METHODS = ["hutchinson", "hutch++", "xtrace"]
 SEEDS = 200
 N = 40
 
-_i = torch.arange(1, N + 1).double()
-SPECTRA = {
-    "flat": torch.linspace(1, 3, N).double(),
-    "power law": _i**-1.5,
-    "outliers": torch.cat([torch.tensor([10.0, 5.0, 2.0, 1.0]).double(), 0.01 * torch.linspace(0, 1, N - 4).double()]),
-    "indefinite": torch.linspace(-1, 1.2, N).double(),
-}
+SPECTRA = example_spectra(N)
 MATRICES = {name: rotated(values, 3) for name, values in SPECTRA.items()}
-
-
-def covered(estimates: list[Estimate[float]], truth: float) -> float:
-    ends = [estimate.interval() for estimate in estimates]
-    return sum(low <= truth <= high for low, high in ends) / len(ends)
 
 
 def errors(run: Callable[..., Estimate[float]], truth: float, count: int) -> Tensor:
@@ -93,8 +80,7 @@ def test_errors_fall_faster_than_hutchinsons() -> None:
 @given(n=st.integers(1, 12), seed=st.integers(0, 1000))
 @settings(max_examples=10, deadline=None)
 def test_n_products_tell_everything(estimator: Callable[..., Estimate[float]], extra: int, n: int, seed: int) -> None:
-    A = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    A = A + A.mT
+    A = symmetric(n, seed)
     found = estimator(A, num_matvecs=n + extra, seed=seed)
     truth = float(torch.linalg.matrix_norm(A)) if estimator is frobenius_norm else float(A.diagonal().sum())
     assert found.dof == math.inf
@@ -109,8 +95,7 @@ def test_n_products_tell_everything(estimator: Callable[..., Estimate[float]], e
 def test_a_matrix_of_small_rank_is_exact(
     estimator: Callable[..., Estimate[float]], dtype: torch.dtype, rank: int, seed: int
 ) -> None:
-    values = torch.zeros(30).double()
-    values[:rank] = torch.randn(rank, generator=torch.Generator().manual_seed(seed)).double()
+    values = torch.cat([vector(rank, seed), torch.zeros(30 - rank)])
     A = rotated(values, seed).to(dtype)
     found = estimator(A, num_matvecs=18, seed=seed)
     truth = float(torch.linalg.matrix_norm(A.double())) if estimator is frobenius_norm else float(A.double().trace())
@@ -143,12 +128,8 @@ def test_the_scale_of_the_matrix_does_not_matter(
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tree_in_float32_gives_what_the_dense_matrix_gives(method: str) -> None:
     A = MATRICES["outliers"]
-    like = {"z": torch.zeros(5, 4), "a": [torch.zeros(19), torch.zeros(())]}
-
-    def product(v: object) -> object:
-        return tree.unravel(tree.ravel(v, like) @ A.float(), like)
-
-    found = trace(LinearOperator(product, like), num_matvecs=20, method=method, seed=1)
+    B = on_tree(A.float(), nested(N, torch.float32))
+    found = trace(B, num_matvecs=20, method=method, seed=1)
     dense = trace(A, num_matvecs=20, method=method, seed=1)
     assert math.isclose(found.value, dense.value, rel_tol=1e-4)
     assert found.matvecs == dense.matvecs <= 20
@@ -207,29 +188,3 @@ def test_refusals() -> None:
         trace(LinearOperator(lambda v: v[:3], torch.zeros(9)), num_matvecs=4)
     with pytest.raises(TransformError, match="trace_probes"):
         vmap(lambda c: torch.tensor(trace(lambda v: c * v, num_matvecs=4).value))(torch.ones(3))
-
-
-_g = torch.Generator().manual_seed(0)
-PROBES = {"a": torch.randn(6, 2, generator=_g).double(), "b": torch.randn(6, 3, generator=_g).double()}
-
-
-def _samples(weights: Tensor) -> Tensor:
-    """Of A = diag(w²) over two leaves, plus the rank-one matrix of ones on the second."""
-    return trace_probes(
-        lambda v: {"a": weights[:2] ** 2 * v["a"], "b": weights[2:] ** 2 * v["b"] + v["b"].sum()}, PROBES
-    )
-
-
-def test_samples_of_the_trace_compose_with_transforms() -> None:
-    w = torch.linspace(1, 2, 5).double()
-    z = torch.cat([PROBES["a"], PROBES["b"]], dim=1)
-    truth = (z**2) @ w**2 + z[:, 2:].sum(1) ** 2
-    slope = 2 * z**2 * w
-    assert torch.allclose(_samples(w), truth, rtol=1e-12)
-    assert torch.allclose(jacrev(_samples)(w), slope, rtol=1e-12)
-    assert torch.allclose(grad(lambda x: _samples(x).mean())(w), slope.mean(0), rtol=1e-12)
-    assert torch.allclose(jvp(_samples, (w,), (torch.ones_like(w),))[1], slope.sum(1), rtol=1e-12)
-    both = torch.stack([w, 2 * w])
-    assert torch.allclose(vmap(_samples)(both), torch.stack([_samples(x) for x in both]), rtol=1e-12)
-    compiled = torch.compile(_samples, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(w), truth, rtol=1e-12)

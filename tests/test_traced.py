@@ -19,7 +19,7 @@ import eigenfunc
 from eigenfunc import functional_loss, hvp, tree
 from eigenfunc.errors import TransformError
 from eigenfunc.krylov import lanczos, lobpcg, power, run, subspace
-from tests.helpers import Params, flat, random_like, rotated, untouched
+from tests.helpers import Params, flat, mlp, normal, random_like, rotated, untouched
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(6, 4, generator=G).double()
@@ -112,9 +112,7 @@ def test_a_traced_product_is_the_eager_one(loss: Callable[..., Tensor]) -> None:
 
 
 def small(*between: nn.Module, last: int = 3) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 4), *between, nn.Tanh(), nn.Linear(4, last)).double()
+    return mlp(*between, sizes=(4, 4, last))
 
 
 MODULES = {
@@ -247,7 +245,7 @@ def span(block: Any) -> Tensor:
 
 @pytest.mark.parametrize(("kind", "backend"), [("matrix", "aot_eager"), ("hvp", "eager")])
 def test_steps_of_blocks_trace(kind: str, backend: str) -> None:
-    block = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).double()
+    block = normal(3, 12)
     matmat: Callable[[Any], Any] = dense
     if kind == "hvp":
         block, matmat = tree.stack([random_like(W, i) for i in range(2)]), torch.func.vmap(product)

@@ -13,9 +13,9 @@ from torch._dynamo.utils import counters
 from torch.func import grad, jvp
 
 from eigenfunc import sharpness, top_eigenpairs, tree
-from tests.helpers import Params, random_like
+from tests.helpers import Params, normal, random_like
 
-X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
+X = normal(6, 4)
 P = random_like({"w": X[:3], "b": X[0, :3], "a": X[:2, :3]}, 1)
 START = random_like(P, 2)
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])

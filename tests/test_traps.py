@@ -17,16 +17,25 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from eigenfunc import Batches, compute_hessian_eigenthings, eigsh, functional_loss, hessian, hvp
 from eigenfunc.errors import DataError, ObjectiveError
-from tests.helpers import assert_blocks_close, dense_hessian, flat, plain, random_like, rotated, untouched
+from tests.helpers import (
+    assert_blocks_close,
+    cut,
+    dense_hessian,
+    flat,
+    labelled,
+    mlp,
+    plain,
+    random_like,
+    rotated,
+    seeded,
+    untouched,
+)
 
-G = torch.Generator().manual_seed(0)
-X, Y = torch.randn(12, 3, generator=G).double(), torch.randint(0, 2, (12,), generator=G)
+X, Y = labelled(12, 3, 2)
 
 
 def net(*between: nn.Module) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 4), *between, nn.Tanh(), nn.Linear(4, 2)).double()
+    return mlp(*between, sizes=(3, 4, 2))
 
 
 def test_a_criterion_that_penalises_the_parameters_is_differentiated_whole() -> None:
@@ -77,7 +86,6 @@ def test_equal_losses_do_not_pass_for_an_order_that_is_kept() -> None:
 class InPlace(nn.Module):
     def __init__(self, inplace: bool) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.inner, self.outer, self.drop = nn.Linear(3, 8), nn.Linear(8, 2), nn.Dropout(0.5, inplace=inplace)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,10 +95,10 @@ class InPlace(nn.Module):
 
 
 def test_dropout_in_place_changes_what_is_read_afterwards() -> None:
-    with torch.random.fork_rng():
-        first, second = (InPlace(inplace).double() for inplace in (True, False))
     products = []
-    for model in (first, second):
+    for inplace in (True, False):
+        with seeded():
+            model = InPlace(inplace).double()
         loss, params = functional_loss(model, F.cross_entropy)
         products.append(flat(hessian(loss, params, (X, Y))(random_like(params))))
     assert (products[0] - products[1]).norm() < 1e-12 * products[1].norm()
@@ -114,7 +122,7 @@ def test_every_batch_is_compared_with_its_pieces() -> None:
 
 def test_the_operator_draws_the_same_masks_inside_a_transform() -> None:
     loss, params = functional_loss(net(nn.Dropout(0.5)), F.cross_entropy)
-    A, v = hessian(loss, params, Batches([(X[:8], Y[:8]), (X[8:], Y[8:])])), random_like(params)
+    A, v = hessian(loss, params, Batches(cut((X, Y), 8))), random_like(params)
     assert_blocks_close(torch.func.jvp(A.matvec, (v,), (v,))[0], flat(A(v)), 1e-12)
 
 
@@ -132,8 +140,7 @@ def test_an_operator_whose_parameters_moved_says_so() -> None:
 def test_autocast_around_a_call_changes_nothing() -> None:
     loss, params = functional_loss(net().float(), F.cross_entropy)
     A, v = hessian(loss, params, (X.float(), Y)), random_like(params)
-    B = rotated(1 / torch.arange(1, 60).double(), 0).float()
-    B = (B + B.mT) / 2
+    B = rotated(1 / torch.arange(1, 60).double(), 0, torch.float32)
     outside = A(v), hvp(loss, params, (X.float(), Y), v), eigsh(B, 3, seed=0).values
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = A(v), hvp(loss, params, (X.float(), Y), v), eigsh(B, 3, seed=0).values
@@ -144,7 +151,7 @@ def test_autocast_around_a_call_changes_nothing() -> None:
 
 
 def test_the_drop_in_sees_through_a_partial() -> None:
-    loader = [(X[:8], Y[:8]), (X[8:], Y[8:])]
+    loader = cut((X, Y), 8)
     found = [
         compute_hessian_eigenthings(net(), loader, criterion, 1, mode="lanczos")[0][0]
         for criterion in (nn.CrossEntropyLoss(reduction="sum"), partial(F.cross_entropy, reduction="sum"))

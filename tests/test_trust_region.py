@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eigenfunc import eigsh
 from eigenfunc.trust_region import _gap, maximiser, peak
-from tests.helpers import rotated
+from tests.helpers import rotated, vector
 
 ONE = torch.zeros(1)
 Loss = Callable[[Any, Any], Tensor]
@@ -22,7 +22,7 @@ Loss = Callable[[Any, Any], Tensor]
 def quadratic(values: list[float], slope: float, seed: int = 0) -> tuple[Loss, Tensor, Tensor, Tensor]:
     """⟨g, p⟩ + ½ ⟨p, A p⟩ + 1, with its slope, of that length, and its matrix; the point is 0."""
     A = rotated(torch.tensor(values), seed)
-    g = torch.randn(len(A), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    g = vector(len(A), seed)
     g = g * slope / g.norm()
     return lambda p, batch: g @ p + p @ A @ p / 2 + 1 + 0 * batch.sum(), torch.zeros(len(A)).double(), g, A
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from eigenfunc import tree
 from eigenfunc.krylov import basis as vectors
+from eigenfunc.krylov.lanczos import MatVec
 from eigenfunc.tree import Tree
-
-MatVec = Callable[[Tree], Tree]
 
 
 class PowerState(NamedTuple):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from eigenfunc import tree
+from eigenfunc.krylov.lanczos import MatVec
 from eigenfunc.tree import Tree
-
-MatVec = Callable[[Tree], Tree]
 
 
 def trace_probes(matvec: MatVec, probes: Tree) -> Tensor:

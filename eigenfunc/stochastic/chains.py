@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, certify, non_finite, seeded, whole
-from eigenfunc.errors import InputError, NonFiniteError, NotConverged
+from eigenfunc import tree
+from eigenfunc.certificate import Products, certify, not_symmetric, seeded, where_due, whole
+from eigenfunc.errors import InputError, NotConverged
 from eigenfunc.krylov import basis, lanczos as kernel
 from eigenfunc.plan import ROOMY
 from eigenfunc.solution import Status
@@ -65,11 +64,7 @@ def probe(
     room = max(1, ROOMY // (products.size * (steps + 1)))
     together = min(num_probes, room if block_size is None else whole(block_size, "block_size", 1))
     generator, seed = seeded(seed)
-    with (
-        scope.full_precision(products.device),
-        torch.no_grad(),
-        tqdm(disable=not progress, desc="density", unit=" products", leave=False) as bar,
-    ):
+    with products.at_work("density", progress) as bar:
         _, image = products.calibrate(generator)
         known = _verified(products, given, float(tree.norm(image)))
         parts = []
@@ -78,8 +73,9 @@ def probe(
             block = torch.cat([products.random(generator) for _ in range(count)])
             parts.append(_advance(products, known, block, steps, start, lambda: bar.update(products.matvecs - bar.n)))
     anorm = max([*(part.anorm for part in parts), *known.values.abs().tolist()])
-    asym = max(part.asym for part in parts)
-    _check_symmetry(products, anorm, asym)
+    skew, explained = max(part.asym for part in parts) / (anorm or 1.0), products.explained(anorm)
+    if skew > explained:
+        raise NotConverged(f"{Status.NOT_SYMMETRIC}: {not_symmetric(skew, explained)}", None)
     return Probed(
         torch.cat([part.alphas for part in parts]) * products.scale,
         torch.cat([part.betas for part in parts]) * products.scale,
@@ -138,10 +134,6 @@ def _advance(
 ) -> _Advanced:
     """`steps` steps from each row of `block` (p, n), one sweep over the data a step; a probe whose space is exhausted
     takes no further part. `first` is the number of the first probe."""
-
-    def again(large: Tensor) -> bool:
-        return large.device.type != "cpu" or bool(large)
-
     q = known.without(block)
     q = q / tree.norms(q)[:, None].to(q)
     states: list[kernel.State] = []
@@ -151,12 +143,11 @@ def _advance(
         if j == 0:
             states = [kernel.init(q[p : p + 1], images[p : p + 1], steps + 1) for p in running]
         for row, p in enumerate(running):
-            states[p] = kernel.absorb(states[p], images[row : row + 1], j, again=again)
+            states[p] = kernel.absorb(states[p], images[row : row + 1], j, again=where_due)
         report()
         flags = torch.stack([torch.stack([states[p].finite.double(), states[p].alive[j + 1]]) for p in running]).cpu()
         for p, (finite, _) in zip(running, flags.tolist(), strict=True):
-            if not finite:
-                raise NonFiniteError(f"step {j + 1} of probe {first + p + 1}: {non_finite(products.matvecs)}")
+            products.check_finite(bool(finite), f"step {j + 1} of probe {first + p + 1}: ")
         running = [p for p, (_, alive) in zip(running, flags.tolist(), strict=True) if alive]
         if not running or j + 1 == steps:
             break
@@ -173,14 +164,3 @@ def _advance(
         max(float(state.anorm) for state in states),
         max(float(state.asym) for state in states),
     )
-
-
-def _check_symmetry(products: Products, anorm: float, asym: float) -> None:
-    skew, explained = asym / anorm if anorm > 0 else 0.0, products.explained(anorm)
-    if skew > explained:
-        raise NotConverged(
-            f"{Status.NOT_SYMMETRIC}: ⟨u, A v⟩ and ⟨v, A u⟩ differ by {skew:.1e} of ‖A‖, where rounding explains "
-            f"{explained:.1e}, and the density would be none of A. Use (A + Aᵀ)/2, or find what makes the products "
-            "inconsistent",
-            None,
-        )

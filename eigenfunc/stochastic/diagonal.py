@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, seeded
-from eigenfunc.errors import InputError
+from eigenfunc import tree
+from eigenfunc.certificate import Products
 from eigenfunc.stochastic import leave_one_out as loo
 from eigenfunc.stochastic.estimate import Estimate
-from eigenfunc.stochastic.probes import blocks, budget, grain, multiplied, normal, signs, units
+from eigenfunc.stochastic.probes import begun, blocks, grain, least_of, multiplied, normal, signs, units
 from eigenfunc.tree import Tree
 
 DiagonalMethod = Literal["hutchinson", "xdiag"]
@@ -36,13 +35,9 @@ def diagonal(A: Any, *, num_matvecs: int, method: DiagonalMethod = "xdiag", seed
 
     Raises as `trace` does.
     """
-    if method not in _LEAST:
-        raise InputError(f"method must be one of {', '.join(map(repr, _LEAST))}, got {method!r}")
-    products = Products(A)
+    products, count, generator, seed = begun(A, num_matvecs, least_of(method, _LEAST), seed)
     n = products.size
-    count = budget(num_matvecs, _LEAST[method], n)
-    generator, seed = seeded(seed)
-    with scope.full_precision(products.device), torch.no_grad():
+    with products.at_work():
         dof = math.inf
         if count == n:
             value = _exact(products)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, non_finite, seeded, whole
-from eigenfunc.errors import InputError, NonFiniteError
+from eigenfunc import tree
+from eigenfunc.certificate import Products, whole
+from eigenfunc.errors import InputError
 from eigenfunc.krylov import lanczos as kernel
 from eigenfunc.krylov.quadrature import Quadrature, gauss
 from eigenfunc.stochastic.estimate import Estimate, spread
-from eigenfunc.stochastic.probes import blocks, budget, grain, multiplied, sphere, units
+from eigenfunc.stochastic.probes import begun, blocks, grain, multiplied, sphere, units
 
 Function = Callable[[Tensor], Tensor]
 Check = Callable[[float, float], float]  # smallest Ritz value, its rounding error -> lower end of the spectrum
@@ -95,13 +95,11 @@ def _number(value: Any, what: str) -> float:
 
 def _trace_of(A: Any, f: Function, check: Check, num_probes: int, num_steps: int, seed: int | None) -> Estimate[float]:
     """tr f(A) by Gauss quadrature of the spectral measures of random vectors."""
-    products = Products(A)
+    products, count, generator, seed = begun(A, num_probes, 2, seed, "num_probes")
     n = products.size
-    count = budget(num_probes, 2, n, "num_probes")
     steps = min(whole(num_steps, "num_steps", 1), n)
-    generator, seed = seeded(seed)
     found = []
-    with scope.full_precision(products.device), torch.no_grad():
+    with products.at_work():
         for start, size in blocks(count, products, room=steps + 1):
             drawn = units(start, size, products) if count == n else sphere(size, products, generator) / math.sqrt(n)
             state = _chains(products, drawn, steps)
@@ -111,7 +109,8 @@ def _trace_of(A: Any, f: Function, check: Check, num_probes: int, num_steps: int
             left = check(smallest * products.scale, noise * products.scale) / products.scale
             lower = _radau(state, steps, min(left, smallest - noise))
             moved = upper._replace(nodes=upper.nodes + noise)
-            found.append(torch.stack([_integral(f, rule, products.scale) for rule in (upper, lower, moved)]))
+            rules = (upper, lower, moved)
+            found.append(torch.stack([(rule.weights * f(rule.nodes * products.scale)).sum(-1) for rule in rules]))
     above, below, moved_samples = n * torch.cat(found, dim=1)
     samples, quadrature = (above + below) / 2, float((above - below).mean()) / 2
     rounding = float((above - moved_samples).abs().mean()) + grain(products) * float(samples.abs().mean())
@@ -131,8 +130,7 @@ def _chains(products: Products, starts: Tensor, steps: int) -> kernel.State:
     for j in range(1, steps):
         images = products(state.basis[:, j])
         state = torch.func.vmap(partial(kernel.absorb, j=j))(state, images[:, None])
-    if not bool(state.finite.all()):
-        raise NonFiniteError(non_finite(products.matvecs))
+    products.check_finite(bool(state.finite.all()))
     return state
 
 
@@ -158,10 +156,6 @@ def _jacobi_rule(t: Tensor, alive: Tensor) -> Quadrature:
     return gauss(alphas, torch.cat([couplings, torch.zeros_like(alphas[:, :1])], dim=1), alive > 0)
 
 
-def _integral(f: Function, rule: Quadrature, scale: float) -> Tensor:
-    return (rule.weights * f(rule.nodes * scale)).sum(-1)
-
-
 def moments(A: Any, order: int = 4, *, num_probes: int = 32, seed: int | None = None) -> list[Estimate[float]]:
     """tr(A^p)/n, the moments of the spectral density, for p = 1, …, order, from ⌈order/2⌉ products for each probe.
 
@@ -171,12 +165,10 @@ def moments(A: Any, order: int = 4, *, num_probes: int = 32, seed: int | None = 
     Raises `InputError` for arguments out of range and for a moment beyond float64; else as `trace` does.
     """
     order = whole(order, "order", 1)
-    products = Products(A)
+    products, count, generator, seed = begun(A, num_probes, 2, seed, "num_probes")
     n = products.size
-    count = budget(num_probes, 2, n, "num_probes")
-    generator, seed = seeded(seed)
     unit, found = 0.0, []
-    with scope.full_precision(products.device), torch.no_grad():
+    with products.at_work():
         for start, size in blocks(count, products, room=3):
             z = units(start, size, products) if count == n else sphere(size, products, generator) / math.sqrt(n)
             forms = []

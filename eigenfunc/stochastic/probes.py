@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from eigenfunc import tree
-from eigenfunc.certificate import Products, non_finite, whole
-from eigenfunc.errors import InputError, NonFiniteError
+from eigenfunc.certificate import Products, seeded, whole
+from eigenfunc.errors import InputError
 
 _BLOCK = 32  # probes multiplied at once at most
 _ENTRIES = 2**26  # entries of a block of probes, unless it is a single one
 
 
-def budget(given: Any, least: int, n: int, what: str = "num_matvecs") -> int:
-    """The products or probes to be spent: as many as given, and n at most, for with those everything is known."""
+def begun(
+    A: Any, given: Any, least: int, seed: int | None, what: str = "num_matvecs"
+) -> tuple[Products, int, Generator, int]:
+    """The counted products, how many of them or of probes to spend, the generator and its seed.
+
+    As many are spent as given, and n at most, for with those everything is known.
+    """
+    products = Products(A)
     count = whole(given, what, 1)
-    if count < min(least, n):
+    if count < min(least, products.size):
         raise InputError(f"{what} must be at least {least}, got {count}: a single sample has no standard error")
-    return min(count, n)
+    return products, min(count, products.size), *seeded(seed)
+
+
+def least_of(method: str, known: Mapping[str, int]) -> int:
+    """The fewest products that a method takes; `InputError` for an unknown one."""
+    if method not in known:
+        raise InputError(f"method must be one of {', '.join(map(repr, known))}, got {method!r}")
+    return known[method]
 
 
 def normal(count: int, products: Products, generator: Generator) -> Tensor:
@@ -71,8 +84,7 @@ def blocks(count: int, products: Products, room: int = 1) -> Iterator[tuple[int,
 def multiplied(products: Products, block: Tensor) -> Tensor:
     """A z / scale for a stack of probes z (p, n); `NonFiniteError` where one is NaN or infinite."""
     image = products.first(block) if products.passes == 0 else products(block)
-    if not bool(torch.isfinite(image).all()):
-        raise NonFiniteError(non_finite(products.matvecs))
+    products.check_finite(bool(torch.isfinite(image).all()))
     return image
 
 

@@ -9,13 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, seeded
-from eigenfunc.errors import InputError
+from eigenfunc import tree
+from eigenfunc.certificate import Products
 from eigenfunc.krylov import basis
 from eigenfunc.stochastic import leave_one_out as loo
 from eigenfunc.stochastic.estimate import Estimate, concluded, spread
-from eigenfunc.stochastic.probes import all_multiplied, blocks, budget, grain, multiplied, sphere, units
+from eigenfunc.stochastic.probes import all_multiplied, begun, blocks, grain, least_of, multiplied, sphere, units
 
 TraceMethod = Literal["hutchinson", "hutch++", "xtrace"]
 _LEAST = {"hutchinson": 2, "hutch++": 4, "xtrace": 4}
@@ -42,13 +41,9 @@ def trace(A: Any, *, num_matvecs: int, method: TraceMethod = "xtrace", seed: int
     Raises `InputError` for arguments out of range, `NonFiniteError` for a product with NaN, `TransformError` inside a
     torch.func transform, where `trace_probes` serves.
     """
-    if method not in _LEAST:
-        raise InputError(f"method must be one of {', '.join(map(repr, _LEAST))}, got {method!r}")
-    products = Products(A)
+    products, count, generator, seed = begun(A, num_matvecs, least_of(method, _LEAST), seed)
     n = products.size
-    count = budget(num_matvecs, _LEAST[method], n)
-    generator, seed = seeded(seed)
-    with scope.full_precision(products.device), torch.no_grad():
+    with products.at_work():
         if count == n:
             return _exact(products, seed)
         run: Callable[[Products, int, Generator], tuple[Tensor, float, float]] = _METHODS[method]
@@ -119,11 +114,9 @@ def frobenius_norm(A: Any, *, num_matvecs: int, seed: int | None = None) -> Esti
     all probes but one, and a sample of ‖A (1 − P_i)‖² by that one. The error of the root is that of the square over
     2‖A‖_F; its bias is a small part of it. Memory for about 2 `num_matvecs` vectors. Raises as `trace` does.
     """
-    products = Products(A)
+    products, count, generator, seed = begun(A, num_matvecs, 4, seed)
     n = products.size
-    count = budget(num_matvecs, 4, n)
-    generator, seed = seeded(seed)
-    with scope.full_precision(products.device), torch.no_grad():
+    with products.at_work():
         if count == n:
             total = 0.0
             for start, size in blocks(n, products):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from eigenfunc import tree
 from eigenfunc.testing.layouts import LAYOUTS, parameter_tree
+from eigenfunc.testing.spectra import drawn_count
 from eigenfunc.tree import Tree
 
 
@@ -32,14 +33,10 @@ def _gauss(g: Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=g, dtype=torch.float64)
 
 
-def _count(low: int, high: int, g: Generator) -> int:
-    return int(torch.randint(low, high + 1, (), generator=g))
-
-
 def _quadratic(generator: Generator) -> SmallLoss:
     """½ xᵀ S x + bᵀ x on any tree, with S the batch."""
-    n = _count(1, 12, generator)
-    like = parameter_tree(n, LAYOUTS[_count(0, len(LAYOUTS) - 1, generator)], _count(0, 999, generator))
+    n = drawn_count(1, 12, generator)
+    like = parameter_tree(n, LAYOUTS[drawn_count(0, len(LAYOUTS) - 1, generator)], drawn_count(0, 999, generator))
     S = _gauss(generator, n, n)
     S = (S + S.mT) / 2
 
@@ -52,7 +49,7 @@ def _quadratic(generator: Generator) -> SmallLoss:
 
 def _rosenbrock(g: Generator) -> SmallLoss:
     """Σ b (x₍ᵢ₊₁₎ − xᵢ²)² + (a − xᵢ)² on a tuple of numbers, with (a, b) the batch."""
-    n = _count(2, 6, g)
+    n = drawn_count(2, 6, g)
     x, (a, b) = _gauss(g, n), (1.0, 100.0)
     H = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n - 1):
@@ -77,7 +74,7 @@ def _linear(
 ) -> SmallLoss:
     """criterion(x Wᵀ + b, y): H is the mean over samples of Dᵀ C D, with D the derivative of the outputs, which is
     constant, and C (outputs, outputs) the `curvature` of one sample's loss in its outputs."""
-    count, inputs = _count(1, 9, g), _count(1, 4, g)
+    count, inputs = drawn_count(1, 9, g), drawn_count(1, 4, g)
     x, y = _gauss(g, count, inputs), targets(count, outputs, g)
     params = {"weight": _gauss(g, outputs, inputs), "bias": _gauss(g, outputs)}
     H = torch.zeros(outputs * (1 + inputs), outputs * (1 + inputs), dtype=torch.float64)
@@ -93,7 +90,7 @@ def _linear(
 
 
 def _mse(g: Generator) -> SmallLoss:
-    outputs = _count(1, 3, g)
+    outputs = drawn_count(1, 3, g)
     return _linear(
         "mse",
         F.mse_loss,
@@ -113,7 +110,7 @@ def _softmax(g: Generator) -> SmallLoss:
     def labels(count: int, outputs: int, g: Generator) -> Tensor:
         return torch.randint(outputs, (count,), generator=g)
 
-    return _linear("softmax regression", F.cross_entropy, labels, curvature, _count(2, 4, g), g)
+    return _linear("softmax regression", F.cross_entropy, labels, curvature, drawn_count(2, 4, g), g)
 
 
 def _logistic(g: Generator) -> SmallLoss:
@@ -133,7 +130,7 @@ def _poisson(g: Generator) -> SmallLoss:
     def counts(count: int, outputs: int, g: Generator) -> Tensor:
         return torch.randint(5, (count, outputs), generator=g).double()
 
-    return _linear("poisson regression", criterion, counts, lambda z: torch.diag(torch.exp(z)), _count(1, 3, g), g)
+    return _linear("poisson regression", criterion, counts, lambda z: torch.diag(torch.exp(z)), drawn_count(1, 3, g), g)
 
 
 LOSSES: dict[str, Callable[[Generator], SmallLoss]] = {

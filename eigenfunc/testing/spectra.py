@@ -22,7 +22,7 @@ class Family(NamedTuple):
     largest: int = 10**7
 
 
-def _count(low: int, high: int, g: Generator) -> int:
+def drawn_count(low: int, high: int, g: Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=g))
 
 
@@ -68,7 +68,7 @@ def _cluster(spacing: float) -> Callable[[int, Generator], Tensor]:
     """2 to 8 values 1 − spacing·i above a bulk."""
 
     def make(n: int, g: Generator) -> Tensor:
-        top = 1 - spacing * torch.arange(_count(2, 8, g)).double()
+        top = 1 - spacing * torch.arange(drawn_count(2, 8, g)).double()
         return torch.cat([top, 0.9 * _uniform(n, g)])[:n]
 
     return make
@@ -76,7 +76,7 @@ def _cluster(spacing: float) -> Callable[[int, Generator], Tensor]:
 
 def _multiple(n: int, g: Generator) -> Tensor:
     """1 to 9 copies of the top, then of the second value: above, at and below usual block sizes."""
-    top, second = torch.ones(_count(1, 9, g)), torch.full((_count(1, 9, g),), 0.9)
+    top, second = torch.ones(drawn_count(1, 9, g)), torch.full((drawn_count(1, 9, g),), 0.9)
     return torch.cat([top.double(), second.double(), 0.8 * _uniform(n, g)])[:n]
 
 
@@ -87,12 +87,12 @@ def _pairs(n: int, g: Generator) -> Tensor:
 
 def _outliers(n: int, g: Generator) -> Tensor:
     """1, 1/2, 1/3, … over a bulk below 0.01 with a negative edge: what the Hessians of networks look like."""
-    out = 1 / torch.arange(1, _count(1, 12, g) + 1).double()
+    out = 1 / torch.arange(1, drawn_count(1, 12, g) + 1).double()
     return torch.cat([out, torch.where(_uniform(n, g) < 0.9, 0.01, -0.03) * _uniform(n, g) ** 2])[:n]
 
 
 def _low_rank(n: int, g: Generator) -> Tensor:
-    return torch.cat([_gauss(_count(1, 6, g), g), torch.zeros(n).double()])[:n]
+    return torch.cat([_gauss(drawn_count(1, 6, g), g), torch.zeros(n).double()])[:n]
 
 
 FAMILIES: dict[str, Family] = {

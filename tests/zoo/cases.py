@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tests.helpers import seeded
 from tests.zoo.thirdparty import in_double, quiet, torchvision_schemas
 
 Problem = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], Any]  # model, loss_fn(model, batch) -> (), batch
@@ -47,7 +47,7 @@ class Case:
         return [package for package in self.needs if importlib.util.find_spec(package) is None]
 
     def _problem(self, make: Make, dtype: torch.dtype) -> Problem:
-        with seeded(), quiet():
+        with seeded(SEED), quiet():
             if self.needs:
                 torchvision_schemas()
             model, loss_fn, batch = make()
@@ -73,14 +73,6 @@ def case(name: str, make: Make | None = None, **options: Any) -> Callable[[Make]
     if make is not None:
         register(make)
     return register
-
-
-@contextmanager
-def seeded(seed: int = SEED) -> Iterator[None]:
-    """Random numbers from a seed, with the global state put back at the end."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def doubled(batch: Any) -> Any:

@@ -11,8 +11,8 @@ import torch
 
 from eigenfunc import functional_loss, hessian, hvp
 from eigenfunc.errors import EigenfuncError
-from tests.helpers import untouched
-from tests.zoo.cases import CASES, Case, seeded
+from tests.helpers import seeded, untouched
+from tests.zoo.cases import CASES, SEED, Case
 from tests.zoo.reference import Blocks, Reference, direction, reference, whole
 from tests.zoo.thirdparty import quiet
 
@@ -51,7 +51,7 @@ def outcome(name: str, dtype: torch.dtype, kind: Kind) -> Outcome:
     model, loss_fn, batch = case.problem(dtype)
     v = {n: u.to(dtype) for n, u in direction(case).items()}
     start = time.perf_counter()
-    with quiet(), seeded(), untouched(model):
+    with quiet(), seeded(SEED), untouched(model):
         try:
             image, words = _PRODUCTS[kind](model, loss_fn, batch, v)
         except EigenfuncError as error:

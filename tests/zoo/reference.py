@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.zoo.cases import SEED, Case, seeded
+from tests.helpers import seeded
+from tests.zoo.cases import SEED, Case
 from tests.zoo.thirdparty import quiet
 
 Blocks = dict[str, Tensor]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from tests.cubes import Cube, CubeAdjoint, CubeModern, CubeOnce
 from tests.zoo.cases import Make, Problem, case, supervised
 from tests.zoo.models import LABELS, fused
 
@@ -55,65 +56,6 @@ def checkpointed(use_reentrant: bool | None, dropout: float = 0.0) -> Make:
 case("checkpoint", checkpointed(False), truth=checkpointed(None))
 case("checkpoint reentrant", checkpointed(True), truth=checkpointed(None))
 case("checkpoint dropout", checkpointed(False, 0.2), truth=checkpointed(None, 0.2))
-
-
-class CubeOnce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * slope
-
-
-class Cube(torch.autograd.Function):
-    """Differentiable twice in reverse, without a formula for forward mode, in the form torch.func refuses."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * slope
-
-
-class CubeModern(torch.autograd.Function):
-    """The same with setup_context, which torch.func takes where no vmap is asked."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * slope
-
-
-class CubeAdjoint(torch.autograd.Function):
-    """As solvers of adjoint equations do: the backward pass computes without a graph, and nothing says so."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        with torch.no_grad():
-            return 3 * x**2 * slope
 
 
 CUBE = between(lambda x: x**3)
