@@ -264,6 +264,14 @@ class Run:
         self.verification += self.products.matvecs - begun
         return finding
 
+    def known(self, ritz: Ritz) -> completeness.Limits:
+        """Of the whole space, up to rounding: the next values outwards are those of the pairs that are not wanted."""
+        rest = torch.ones_like(ritz.theta, dtype=torch.bool).index_fill(0, self.plan.wanted(ritz.theta), False)
+        others = ritz.theta[rest]
+        if len(others) == 0:
+            return completeness.ALL
+        return completeness.Limits({sign: float((sign * others).max()) + self.floor() for sign in (1, -1)}, True)
+
     def join(self, ritz: Ritz, vector: Tensor) -> None:
         """Make a vector with a share in what may be missing the first of the coming rows."""
         plan, grown = self.plan, self.width + 1
@@ -302,7 +310,7 @@ def search(run: Run) -> tuple[Certified, completeness.Limits, int]:
     while True:
         ritz = run.converge()
         if run.j == plan.n:
-            run.limits = completeness.ALL
+            run.limits = run.known(ritz)
         elif not run.limits.proven:
             before = run.products.matvecs
             finding = run.probe(ritz)
