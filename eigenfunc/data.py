@@ -26,7 +26,9 @@ Weight = Callable[[Any], Any]
 class Batches:
     """A data set as batches that can be iterated any number of times, each with its weight.
 
-    data       a DataLoader, a list of batches, or any iterable that starts anew each time
+    data       a DataLoader, a list of batches, or any iterable that starts anew each time. A DataLoader with
+               `num_workers` reads ahead while products are formed, and nothing else does; with `pin_memory` too, its
+               batches go to a GPU without waiting
     weight     batch -> number of terms its loss averages over; default: the number of samples, read off the first
                axis of the batch's tensors. For a loss that averages over tokens or by class weights pass that
                count: `weight=lambda batch: (batch[1] != -100).sum()`
@@ -67,9 +69,15 @@ class Batches:
             raise DataError(f"weight must be a function of the batch, got a {type(self.weight).__name__}")
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches on `device`. DataLoader workers, samplers and data sets draw from the global random state."""
+        """The batches on `device`. DataLoader workers, samplers and data sets draw from the global random state.
+
+        No thread reads ahead. One would draw from that state while the model and the user's own threads do, in an order
+        that depends on timing, and while a product holds it swapped for its own; whether a data set draws cannot be
+        known. Workers of a DataLoader are processes, with states of their own.
+        """
+        pinned = isinstance(self.data, DataLoader) and self.data.pin_memory
         for batch in self.data:
-            moved = batch if self.device is None else _moved(batch, torch.device(self.device))
+            moved = batch if self.device is None else _moved(batch, torch.device(self.device), pinned)
             if self.microbatch is None:
                 yield moved
             else:
@@ -299,8 +307,11 @@ def _rows(start: int, stop: int, leaf: Tensor) -> Tensor:
     return leaf[start:stop] if leaf.ndim else leaf
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
-    return mapped(lambda leaf: scope.usable(leaf.to(device)), batch)
+def _moved(batch: Any, device: torch.device, pinned: bool) -> Any:
+    """The batch on the device. Copies from memory that a loader has pinned are not waited for: the GPU makes them in
+    order with its work. Other pinned memory is the user's, who may fill it anew before such a copy is made."""
+    ahead = pinned and device.type == "cuda"
+    return mapped(lambda leaf: scope.usable(leaf.to(device, non_blocking=ahead)), batch)
 
 
 def mapped(f: Callable[[Tensor], Tensor], batch: Any) -> Any:

@@ -25,6 +25,10 @@ from torch import Tensor, nn
 from eigenfunc import Batches, LinearOperator, eigsh, eigsh_blocks, fisher, functional_loss, ggn, hessian, tree
 from eigenfunc.distributed.parallel import Stop, data_parallel
 from eigenfunc.errors import EigenfuncError
+from eigenfunc.layers import blocks
+from eigenfunc.stochastic.density import spectral_density
+from eigenfunc.stochastic.diagonal import diagonal
+from eigenfunc.stochastic.trace import frobenius_norm, trace
 from tests.helpers import dense_hessian, flat, random_like
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +164,37 @@ def solutions(rank: int, size: int) -> dict[str, Any]:
         "mean of mini-batches": torch.stack(passed).mean(0),
         "noise": differences.noise(),
         "words": A.describe(),
+    }
+
+
+def estimates(A: LinearOperator) -> dict[str, Tensor]:
+    """What the estimators say of an operator, with seeds."""
+    density = spectral_density(A, num_probes=3, num_steps=9, seed=5)
+    found = {"density": density.density, "band": density.band, "nodes": density.nodes, "alphas": density.alphas}
+    for method in ("hutchinson", "hutch++", "xtrace"):
+        estimate = trace(A, num_matvecs=16, method=method, seed=5)
+        found[method] = torch.tensor([estimate.value, estimate.stderr])
+    found["norm"] = torch.tensor(frobenius_norm(A, num_matvecs=16, seed=5).value)
+    found["diagonal"] = flat(diagonal(A, num_matvecs=16, seed=5).value)
+    return found
+
+
+def estimated(rank: int, size: int) -> dict[str, Any]:
+    """By all processes; `alone` of all the data, by this one."""
+    model, inputs, targets = problem()
+    loss, params = functional_loss(model, nn.CrossEntropyLoss())
+    shards = SHARDS[size][0]
+    begin = sum(shards[:rank])
+    mine = batches(inputs, targets, begin, begin + shards[rank])
+    A = data_parallel(hessian, loss, params, mine)
+    whole = hessian(loss, params, batches(inputs, targets, 0, COUNT))
+    first = next(iter(blocks(loss, params, batches(inputs, targets, 0, COUNT)).values()))
+    return {
+        "together": estimates(A),
+        "alone": estimates(whole),
+        "layer": estimates(next(iter(A.blocks().values()))),
+        "layer alone": estimates(first),
+        "unseeded": _said(lambda: trace(A, num_matvecs=16)),
     }
 
 
@@ -317,11 +352,13 @@ def memory(rank: int, size: int) -> dict[str, Any]:
 
 def pair(rank: int, size: int) -> dict[str, Any]:
     found = {"sums": sums(rank, size), "spread": spread(rank, size)}
+    found["estimates"] = estimated(rank, size)
     return {**found, **solutions(rank, size), **troubles(rank, size), **wrapped(rank, size)}
 
 
 def four(rank: int, size: int) -> dict[str, Any]:
-    return {"sums": sums(rank, size), "spread": spread(rank, size), **solutions(rank, size)}
+    found = {"sums": sums(rank, size), "spread": spread(rank, size), "estimates": estimated(rank, size)}
+    return {**found, **solutions(rank, size)}
 
 
 def _long(rank: int, event: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections import UserDict, namedtuple
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from eigenfunc import Batches, functional_loss, hessian
+from eigenfunc.data import Reader
 from eigenfunc.errors import DataError, DataWarning
 from tests.helpers import cut, flat, labelled, mlp, random_like, untouched
 
@@ -225,3 +228,56 @@ def test_the_mean_over_a_pass_of_minibatches_is_the_matrix() -> None:
     stream = A.minibatches()
     mean = sum(flat(next(stream)(v)) for _ in range(3)) / 3
     assert (mean - flat(A(v))).abs().max() < 1e-12
+
+
+class Counted(Dataset[Tensor]):
+    """Counts what is read, in any process."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.read = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> Tensor:
+        self.read += 1
+        return X[i]
+
+
+def test_a_loader_with_a_worker_reads_ahead_and_one_pass_serves_all_probes() -> None:
+    data = Counted(8)
+    loader = DataLoader(data, batch_size=2, num_workers=1, prefetch_factor=2)
+    batches = Reader(Batches(loader), torch.device("cpu")).one_pass()
+    next(batches)
+    patience = time.monotonic() + 60
+    while data.read < 4 and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert data.read >= 4  # two batches, of which one was asked for
+    del batches
+
+    loss, params = functional_loss(mlp(), loss_fn=lambda model, x: model(x).square().mean())
+    A = hessian(loss, params, Batches(loader), cache=0)
+    stack = {name: torch.stack([random_like(params, seed)[name] for seed in range(8)]) for name in params}
+    A.matmat(stack)  # what is measured at the first block is not of interest
+    data.read.zero_()
+    A.matmat(stack)
+    assert data.read == len(data)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning")
+@pytest.mark.parametrize(("pin", "device", "ahead"), [(True, "cuda", True), (False, "cuda", False), (True, "cpu", False)])
+def test_only_what_a_loader_pinned_goes_to_a_gpu_without_waiting(pin: bool, device: str, ahead: bool) -> None:
+    waited = []
+
+    class Moves(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.to and args[1] == torch.device(device):  # there need not be such a device
+                waited.append(kwargs["non_blocking"])
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    loader = DataLoader(TensorDataset(X, Y), batch_size=5, pin_memory=pin)
+    with Moves():
+        list(Batches(loader, device=device))
+    assert waited == [ahead] * 4

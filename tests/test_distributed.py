@@ -124,6 +124,17 @@ def test_layers_are_solved_over_all_of_the_data(all_ranks: list[Any]) -> None:
             assert ((values - expected).abs() <= bounds + 1e-12).all(), name
 
 
+@pytest.mark.parametrize(("together", "alone"), [("together", "alone"), ("layer", "layer alone")])
+def test_estimates_are_those_of_one_process_on_all_ranks(all_ranks: list[Any], together: str, alone: str) -> None:
+    expected = all_ranks[0]["estimates"][alone]
+    for found in all_ranks:
+        for name, value in found["estimates"][together].items():
+            assert torch.equal(value, all_ranks[0]["estimates"][together][name]), name
+            assert (value - expected[name]).abs().max() <= 1e-8 * expected[name].abs().max(), name
+        assert found["estimates"]["unseeded"][0] == "DistributedError"
+        assert "seed=" in found["estimates"]["unseeded"][1]
+
+
 def test_mini_batches_of_a_pass_average_to_the_matrix(all_ranks: list[Any]) -> None:
     v = flat(random_like(functional_loss(ranks.problem()[0], nn.CrossEntropyLoss())[1]))
     for found in all_ranks:
