@@ -18,6 +18,7 @@ from eigenfunc.operator import LinearOperator, MatVec, aslinearoperator
 from eigenfunc.tree import Tree
 
 _EPS = torch.finfo(torch.float64).eps  # of the small projected problem
+SHORTER = 0.7  # of a vector is multiplied once more: by a power of two the rounding would be the same
 
 
 class Products:
@@ -95,10 +96,13 @@ class Products:
         """
         u = self.random(generator)
         image = self.first(u)
-        other = self(0.7 * u) / 0.7
-        length = float(tree.norm(image))
-        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
+        self.compare(image, self(SHORTER * u))
         return u, image
+
+    def compare(self, image: Tensor, shorter: Tensor) -> None:
+        """Set `noise`, from the image of a vector and that of `SHORTER` times it."""
+        length = float(tree.norm(image))
+        self.noise = float(tree.norm(image - shorter / SHORTER)) / length if length > 0 else 0.0
 
     def first(self, block: Tensor) -> Tensor:
         """The first products of a run, with a stack (p, width): checks their shape, sets `scale`."""
@@ -163,7 +167,11 @@ class Certified(NamedTuple):
 def certify(products: Products, x: Tensor) -> Certified:
     """Rayleigh–Ritz in the span of x (k, n) with k fresh products; on disk where x is. Parlett, section 11.3."""
     x = basis.orthonormalise(x)
-    image = _images(products, x)
+    return rayleigh_ritz(products, x, _images(products, x))
+
+
+def rayleigh_ritz(products: Products, x: Tensor, image: Tensor) -> Certified:
+    """The same with products at hand, of an orthonormal x."""
     g = tree.exact_gram(x, image)
     if not bool(torch.isfinite(g).all()):
         raise NonFiniteError(non_finite(products.matvecs))
@@ -177,6 +185,34 @@ def certify(products: Products, x: Tensor) -> Certified:
         raise NonFiniteError(non_finite(products.matvecs))
     off = tree.exact_gram(x, x) - torch.eye(len(values), dtype=torch.float64, device=x.device)
     return Certified(values, x, image, residuals, float((g - g.mT).abs().max()), float(off.abs().max()))
+
+
+class Riders:
+    """Products that take vectors (p, width) along: they are multiplied with the next block, in its pass over the data.
+
+    images  of the vectors, (p, width), once that has happened
+    """
+
+    def __init__(self, products: Products, vectors: Tensor) -> None:
+        self.products = products
+        self.vectors = vectors
+        self.images: Tensor | None = None
+
+    def __call__(self, block: Tensor) -> Tensor:
+        if self.images is not None:
+            return self.products(block)
+        both = self.products(torch.cat([block, self.vectors]))
+        self.images = both[len(block) :].clone()
+        return both[: len(block)]
+
+    def arrived(self) -> Tensor:
+        """The images, of a pass of their own where no block has come."""
+        if self.images is None:
+            self.images = self.products(self.vectors)
+        return self.images
+
+    def certified(self) -> Certified:
+        return rayleigh_ritz(self.products, self.vectors, self.arrived())
 
 
 def _images(products: Products, x: Tensor) -> Tensor:

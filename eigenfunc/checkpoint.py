@@ -25,7 +25,7 @@ from eigenfunc import tree
 from eigenfunc._version import __version__
 from eigenfunc.errors import CheckpointError, CheckpointWarning, InputError, Stopped
 
-FORMAT = 1
+FORMAT = 2
 SHARE = 0.05  # of the time that saving may take
 _CHUNK = 2**24  # bytes hashed at a time
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
@@ -60,8 +60,8 @@ class Checkpoint:
     in its last digits. A file that is damaged, of another matrix or asked for otherwise is a `CheckpointError`, and
     never written over. The file stays when the run is over.
 
-    It takes as much disk as the part of the basis that is in use, twice that while it is replaced (`path` + ".partial"
-    beside it); in memory one vector more, and for an operator on an accelerator that much main memory during a save.
+    It takes as much disk as the part of the basis that is in use and, during the proof, its chain; twice that while it
+    is replaced (`path` + ".partial" beside it); in memory one vector more, and for an operator on an accelerator that much main memory during a save.
     """
 
     path: str | os.PathLike[str]

@@ -22,7 +22,7 @@ Asked = dict[str, Any]  # by name: what a file must agree with, plain values
 
 
 class Witness(NamedTuple):
-    """By which a matrix is known again: a product with a random vector."""
+    """By which a matrix is known again: a product with a random vector, in a run of blocks the last of block + 1."""
 
     drawn: Tensor  # the state of the generator that gives the vector
     image: Tensor  # (1, n), over the scale of the run
@@ -111,7 +111,9 @@ def _multiply_again(store: Checkpoint, saved: Saved, products: Products) -> bool
     facts = saved.facts["products"]
     products.scale = facts["scale"]
     then = saved.tensors["image"].to(products.device)
-    now = products(products.random(_generator(saved.tensors["drawn"])))
+    vector, block = products.random(_generator(saved.tensors["drawn"])), saved.facts["asked"]["block_size"]
+    # in as large a stack, in which it matters to no other row what a row holds
+    now = products(vector.expand(block + 1 if block > 1 else 1, -1).contiguous())[-1:]
     if torch.equal(now, then):
         return True
     length = float(tree.norm(then))
