@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from eigenfunc.krylov import basis
 from eigenfunc.operator import LinearOperator, MatVec, aslinearoperator
 from eigenfunc.tree import Tree
 
+T = TypeVar("T")
 _EPS = torch.finfo(torch.float64).eps  # of the small projected problem
 SHORTER = 0.7  # of a vector is multiplied once more: by a power of two the rounding would be the same
 
@@ -69,6 +71,18 @@ class Products:
     def agreed(self, seed: int | None) -> int | None:
         """The seed, that of the first process where there are several."""
         return seed if self.columns is None else self.columns.agreed(seeded(seed)[1])
+
+    def attempt(self, f: Callable[[], T]) -> T:
+        """f(), once it has gone well on every process."""
+        return f() if self.columns is None else self.columns.team.attempt(f)
+
+    def every(self, own: bool) -> bool:
+        """Whether it is so on every process."""
+        return own if self.columns is None else all(self.columns.team.gather(own))
+
+    def again(self) -> Products:
+        """For the same operator, from the beginning."""
+        return Products(self.A, None if self.columns is None else self.columns.team.group)
 
     def whole(self, part: Tensor) -> Tensor:
         """A stack (p, n) of what is held as (p, width)."""

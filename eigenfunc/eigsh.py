@@ -141,7 +141,8 @@ def _solve(
         else:
             store, old, asked = saving
             witness = _start(run, v0) if old is None else resume.restore(store, old, run, asked)
-            run.journal = resume.journal(store, run, asked, witness, begun)
+            saves = 0 if old is None else old.facts["saves"]
+            run.journal = resume.journal(store, run, asked, witness, begun, saves)
         return _finish(run, plan.basis_dtype is not None, seed=seed, begun=begun, throw=throw)
 
 
