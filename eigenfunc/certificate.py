@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from eigenfunc.krylov import basis
 from eigenfunc.operator import LinearOperator, MatVec, aslinearoperator
 from eigenfunc.tree import Tree
 
+T = TypeVar("T")
 _EPS = torch.finfo(torch.float64).eps  # of the small projected problem
+SHORTER = 0.7  # of a vector is multiplied once more: by a power of two the rounding would be the same
 
 
 class Products:
@@ -78,6 +80,18 @@ class Products:
         """The seed, that of the first process where there are several."""
         return seed if self.columns is None else self.columns.agreed(seeded(seed)[1])
 
+    def attempt(self, f: Callable[[], T]) -> T:
+        """f(), once it has gone well on every process."""
+        return f() if self.columns is None else self.columns.team.attempt(f)
+
+    def every(self, own: bool) -> bool:
+        """Whether it is so on every process."""
+        return own if self.columns is None else all(self.columns.team.gather(own))
+
+    def again(self) -> Products:
+        """For the same operator, from the beginning."""
+        return Products(self.A, None if self.columns is None else self.columns.team.group)
+
     def whole(self, part: Tensor) -> Tensor:
         """A stack (p, n) of what is held as (p, width)."""
         return part if self.columns is None else self.columns.whole(part)
@@ -104,10 +118,13 @@ class Products:
         """
         u = self.random(generator)
         image = self.first(u)
-        other = self(0.7 * u) / 0.7
-        length = float(tree.norm(image))
-        self.noise = float(tree.norm(image - other)) / length if length > 0 else 0.0
+        self.compare(image, self(SHORTER * u))
         return u, image
+
+    def compare(self, image: Tensor, shorter: Tensor) -> None:
+        """Set `noise`, from the image of a vector and that of `SHORTER` times it."""
+        length = float(tree.norm(image))
+        self.noise = float(tree.norm(image - shorter / SHORTER)) / length if length > 0 else 0.0
 
     def first(self, block: Tensor) -> Tensor:
         """The first products of a run, with a stack (p, width): checks their shape, sets `scale`."""
@@ -190,7 +207,11 @@ class Certified(NamedTuple):
 def certify(products: Products, x: Tensor) -> Certified:
     """Rayleigh–Ritz in the span of x (k, n) with k fresh products; on disk where x is. Parlett, section 11.3."""
     x = basis.orthonormalise(x)
-    image = _images(products, x)
+    return rayleigh_ritz(products, x, _images(products, x))
+
+
+def rayleigh_ritz(products: Products, x: Tensor, image: Tensor) -> Certified:
+    """The same with products at hand, of an orthonormal x."""
     g = tree.exact_gram(x, image)
     products.check_finite(bool(torch.isfinite(g).all()))
     values, u = torch.linalg.eigh(((g + g.mT) / 2).cpu())
@@ -202,6 +223,34 @@ def certify(products: Products, x: Tensor) -> Certified:
     products.check_finite(bool(torch.isfinite(residuals).all()))
     off = tree.exact_gram(x, x) - torch.eye(len(values), dtype=torch.float64, device=x.device)
     return Certified(values, x, image, residuals, float((g - g.mT).abs().max()), float(off.abs().max()))
+
+
+class Riders:
+    """Products that take vectors (p, width) along: they are multiplied with the next block, in its pass over the data.
+
+    images  of the vectors, (p, width), once that has happened
+    """
+
+    def __init__(self, products: Products, vectors: Tensor) -> None:
+        self.products = products
+        self.vectors = vectors
+        self.images: Tensor | None = None
+
+    def __call__(self, block: Tensor) -> Tensor:
+        if self.images is not None:
+            return self.products(block)
+        both = self.products(torch.cat([block, self.vectors]))
+        self.images = both[len(block) :].clone()
+        return both[: len(block)]
+
+    def arrived(self) -> Tensor:
+        """The images, of a pass of their own where no block has come."""
+        if self.images is None:
+            self.images = self.products(self.vectors)
+        return self.images
+
+    def certified(self) -> Certified:
+        return rayleigh_ritz(self.products, self.vectors, self.arrived())
 
 
 def _images(products: Products, x: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 A file is in the safetensors format, which other tools read too: tensors, and in its header the numbers as JSON and a
 checksum of all the rest of the file. It is written aside, synchronised to the disk and then renamed, so that a process
 or machine that dies leaves the file before or the new one.
+
+Processes of a group write one file each, with their part of the basis. None is renamed before all are written, and
+what was written aside counts when they are read: so whenever the processes die, there are parts of one step.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ from torch import Tensor
 
 from eigenfunc import tree
 from eigenfunc._version import __version__
+from eigenfunc.distributed.team import Team
 from eigenfunc.errors import CheckpointError, CheckpointWarning, InputError, Stopped
 
-FORMAT = 1
+FORMAT = 2
 SHARE = 0.05  # of the time that saving may take
 _CHUNK = 2**24  # bytes hashed at a time
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
@@ -60,8 +64,13 @@ class Checkpoint:
     in its last digits. A file that is damaged, of another matrix or asked for otherwise is a `CheckpointError`, and
     never written over. The file stays when the run is over.
 
-    It takes as much disk as the part of the basis that is in use, twice that while it is replaced (`path` + ".partial"
-    beside it); in memory one vector more, and for an operator on an accelerator that much main memory during a save.
+    Each process of a group saves its part, all at the same step, to `path` + ".rank" and its number: a wish of one to
+    stop stops all, and they save where it is time for all. Parts of different steps, runs or numbers of processes are a
+    `CheckpointError`. The folder may be one that all see, or one on each machine.
+
+    It takes as much disk as the part of the basis that is in use and, during the proof, its chain; twice that while it
+    is replaced (`path` + ".partial" beside it); in memory one vector more, and for an operator
+    on an accelerator that much main memory during a save.
     """
 
     path: str | os.PathLike[str]
@@ -81,38 +90,60 @@ class Journal:
 
     constant  what goes into every file beside the state
     begun     when the run began, by `time.perf_counter`
+    team      processes that save together
+    saves     how often it was saved before
     """
 
-    def __init__(self, checkpoint: Checkpoint, constant: Callable[[], Saved], begun: float) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        constant: Callable[[], Saved],
+        begun: float,
+        team: Team | None = None,
+        saves: int = 0,
+    ) -> None:
         self.checkpoint = checkpoint
         self.constant = constant
         self.begun = begun
+        self.team = team
+        self.saves = saves
         self.cost = 0.0
         self.last = begun
 
     def save(self, state: Callable[[], Saved]) -> None:
         """Save now; `CheckpointError` if that fails."""
         before = time.perf_counter()
-        write(Path(self.checkpoint.path), self.constant().along(state()).along(Saved({}, {"seconds": self.seconds})))
+        self.saves += 1
+        facts = Saved({}, {"seconds": self.seconds, "saves": self.saves})
+        write(Path(self.checkpoint.path), self.constant().along(state()).along(facts), self.team)
         self.last = time.perf_counter()
         self.cost = self.last - before
 
     def tick(self, state: Callable[[], Saved], *, early: bool = False) -> None:
         """Between two products: save if it is time, or if it may be (`early`); on request stop. A disk that is full in
         the middle of a run is no reason to lose it: that is a `CheckpointWarning`."""
-        if self.checkpoint.stop():
+        away = time.perf_counter() - self.last
+        due = away * SHARE >= self.cost and (early or away >= 60 * self.checkpoint.minutes)
+        stop, due = self._agreed(self.checkpoint.stop(), due)
+        if stop:
             self.save(state)
             raise Stopped(
                 f"stopped on request after {self.seconds:.0f} s; the state is saved in {self.checkpoint.path}"
             )
-        away = time.perf_counter() - self.last
-        if away * SHARE < self.cost or not (early or away >= 60 * self.checkpoint.minutes):
+        if not due:
             return
         try:
             self.save(state)
         except CheckpointError as error:
             warnings.warn(f"the run goes on without being saved: {error}", CheckpointWarning, stacklevel=2)
             self.last = time.perf_counter()
+
+    def _agreed(self, stop: bool, due: bool) -> tuple[bool, bool]:
+        """Whether any process is to stop, and whether it is time to save for all."""
+        if self.team is None:
+            return stop, due
+        told = self.team.gather((bool(stop), due))
+        return any(stop for stop, _ in told), all(due for _, due in told)
 
     @property
     def seconds(self) -> float:
@@ -127,14 +158,41 @@ def require() -> None:
         raise CheckpointError("checkpoints need safetensors: pip install 'eigenfunc[cli]'") from None
 
 
-def write(path: Path, saved: Saved) -> None:
-    """Put `saved` into the file, whole or not at all. `CheckpointError` where the disk refuses."""
+def write(path: Path, saved: Saved, team: Team | None = None) -> None:
+    """Put `saved` into the file, whole or not at all, and with a team into the files of all or none. `CheckpointError`
+    where a disk refuses."""
+    aside, failed = _aside(path), ""
+    try:
+        _write(path, saved)
+    except CheckpointError as error:
+        failed = str(error)
+    if team is not None:
+        others = team.gather(failed)
+        failed = failed or next((f"rank {rank}: {said}" for rank, said in enumerate(others) if said), "")
+    if failed:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(failed)
+    try:
+        os.replace(aside, path)
+    except OSError as error:
+        if team is None:
+            aside.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from None
+    _synchronise(path.parent)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _write(path: Path, saved: Saved) -> None:
+    """Into the file aside, to the last byte."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     versions = {"format": FORMAT, "torch": torch.__version__, "eigenfunc": __version__}
     header = {"eigenfunc": json.dumps({**versions, **saved.facts}), "checksum": "0" * 64}
-    aside = path.with_name(path.name + ".partial")
+    aside = _aside(path)
     try:
         aside.touch()
         mode = aside.stat().st_mode  # safetensors would hide the file from all but its owner
@@ -146,19 +204,63 @@ def write(path: Path, saved: Saved) -> None:
             file.write(digest)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-        _synchronise(path.parent)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         size = sum(tensor.numel() * tensor.element_size() for tensor in saved.tensors.values())
         raise CheckpointError(
             f"cannot write {path} ({tree.gibibytes(size)}, and as much again while it is replaced): {error}"
         ) from None
 
 
-def read(path: Path) -> Saved | None:
-    """What was written, or None where there is no file. `CheckpointError` for anything but a whole, sound file of this
-    version."""
+def part_of(path: Path, rank: int) -> Path:
+    """The file of one process of a group."""
+    return path.with_name(f"{path.name}.rank{rank}")
+
+
+def read(path: Path, team: Team | None = None) -> Saved | None:
+    """What was written, or None where there is no file; with a team, this process's part of the last step that all
+    have. `CheckpointError` for anything but a whole, sound file of this version, and where parts do not fit together.
+    """
+    return _read(path) if team is None else _read_part(path, team)
+
+
+def _read_part(path: Path, team: Team) -> Saved | None:
+    found = team.attempt(lambda: [(path, _read(path)), (_aside(path), _whole(_aside(path)))])
+    places, own = [place for place, saved in found if saved], [saved for _, saved in found if saved]
+    steps = [(saved.facts["saves"], saved.facts["products"]["passes"], _told(saved)) for saved in own]
+    told = team.gather((steps, [saved.facts["asked"]["processes"] for saved in own]))
+    sizes = {size for _, processes in told for size in processes}
+    remedy = "Bring back the files of one step, or delete those of all processes to start afresh"
+    if not sizes:
+        return None
+    if sizes != {team.size}:
+        raise CheckpointError(
+            f"{path} and those beside it are of {' and '.join(map(str, sorted(sizes)))} processes, and here are "
+            f"{team.size}: each has its part of the basis. Take as many, or delete the files to start afresh"
+        )
+    common = set.intersection(*(set(steps) for steps, _ in told))
+    if not common:
+        saves = ", ".join(
+            f"{max(steps)[0] if steps else 'none'} of rank {rank}" for rank, (steps, _) in enumerate(told)
+        )
+        raise CheckpointError(f"{path} and those beside it are not of one step of one run (saves {saves}). {remedy}")
+    index = steps.index(max(common))
+    os.replace(places[index], path)  # as it was about to be: the next save is written aside
+    return own[index]
+
+
+def _whole(aside: Path) -> Saved | None:
+    """A file that was written aside, if wholly."""
+    try:
+        return _read(aside)
+    except CheckpointError:
+        return None
+
+
+def _told(saved: Saved) -> str:
+    return json.dumps(saved.facts["asked"], sort_keys=True)
+
+
+def _read(path: Path) -> Saved | None:
     from safetensors import safe_open
     from safetensors.torch import load_file
 

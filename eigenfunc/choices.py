@@ -11,10 +11,12 @@ class Choices(NamedTuple):
 
     tell    what was decided so far, as plain values for JSON
     take    decide likewise; raises `CheckpointError` where that cannot be done
+    shared  whether several processes form the products together, each with choices of its own
     """
 
     tell: Callable[[], Any]
     take: Callable[[Any], object]
+    shared: bool = False
 
 
 NO_CHOICES = Choices(lambda: None, lambda told: None)
@@ -22,4 +24,4 @@ NO_CHOICES = Choices(lambda: None, lambda told: None)
 
 def both(a: Choices, b: Choices) -> Choices:
     """Those of an operator made of two."""
-    return Choices(lambda: [a.tell(), b.tell()], lambda told: (a.take(told[0]), b.take(told[1])))
+    return Choices(lambda: [a.tell(), b.tell()], lambda told: (a.take(told[0]), b.take(told[1])), a.shared or b.shared)

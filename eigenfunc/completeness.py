@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import tree
-from eigenfunc.certificate import Products
+from eigenfunc.certificate import Products, Riders
 from eigenfunc.chance import escape, together
 from eigenfunc.krylov import basis
 from eigenfunc.plan import PROBE, PROBES, Plan, Side
@@ -88,6 +88,7 @@ class Halfway(NamedTuple):
     alphas: list[float]
     betas: list[float]
     vectors: Tensor  # (held + 2, n): those held, the one before, the one to come
+    images: Tensor | None = None  # of the riders, once they have been multiplied
 
 
 Keep = Callable[[Callable[[], Halfway]], None]
@@ -111,11 +112,13 @@ def search(
     most: int,
     keep: Keep = lambda halfway: None,
     halfway: Halfway | None = None,
+    riders: Riders | None = None,
 ) -> Finding:
     """Count the eigenvalues beyond the innermost wanted ones, with some `most` products.
 
     wanted (k,) Ritz values; slack (2, k): how near to each a further eigenvalue does no harm, strictly (its residual)
     and at most (its tolerance). Before each product `keep` may ask for what it takes to go on from there, `halfway`.
+    The first product takes `riders` along, which do not count as products of the search.
     """
     slack = slack.clamp_min(TINY)
     floor = products.floor(anorm)
@@ -130,12 +133,15 @@ def search(
         _Evidence(side.sign, at, _apart(bridge, own, side.sign), _apart(own, bridge, side.sign), floor)
         for side, at, own in zip(sides, points, bridges, strict=True)
     ]
-    begun, sweeps, direction = products.matvecs, products.passes, None
+    begun, direction = (products.matvecs, products.passes), None
+    free = products.matvecs + (0 if riders is None else len(riders.vectors))
     counts = [min(plan.block_size, PROBES), *[PROBES] * (CHAINS - 1)]
-    chains = (Chain(products, span, bridge, anorm, generator, count) for count in counts)
+    chains = (Chain(products, span, bridge, anorm, generator, count, riders) for count in counts)
     if halfway is not None:
         products.matvecs += halfway.spent
         products.passes += halfway.passes
+        if riders is not None and halfway.images is not None:
+            riders.images = halfway.images.clone()
         for part, before in zip(evidence, halfway.before, strict=True):
             part.before, part.rounds = torch.tensor(before, dtype=torch.float64), halfway.chain
     for index, chain in enumerate(chains):
@@ -143,8 +149,8 @@ def search(
             continue  # but its random vector is drawn again
         if halfway is not None and index == halfway.chain:
             chain.take(halfway)
-        for _ in chain.steps(partial(_cut, keep, index, begun, sweeps, evidence)):
-            spent = products.matvecs - begun
+        for _ in chain.steps(partial(_cut, keep, index, begun, evidence)):
+            spent = products.matvecs - free
             if chain.length % (1 + chain.length // 16) and spent < most:  # a look costs the cube of the length
                 continue
             for part in evidence:
@@ -159,7 +165,7 @@ def search(
         for part in evidence:
             part.weigh(chain)
         wanting = [part for part in evidence if part.missing or not part.proven]
-        if any(part.missing for part in evidence) or not wanting or products.matvecs - begun >= most:
+        if any(part.missing for part in evidence) or not wanting or products.matvecs - free >= most:
             break
         for part in evidence:
             part.pass_on(chain)
@@ -169,9 +175,9 @@ def search(
     return Finding(Limits(beyond, not wanting), direction)
 
 
-def _cut(keep: Keep, index: int, begun: int, sweeps: int, evidence: list[_Evidence], chain: Chain) -> None:
+def _cut(keep: Keep, index: int, begun: tuple[int, int], evidence: list[_Evidence], chain: Chain) -> None:
     before, products = [part.before.tolist() for part in evidence], chain.products
-    keep(lambda: chain.halfway(index, products.matvecs - begun, products.passes - sweeps, before))
+    keep(lambda: chain.halfway(index, products.matvecs - begun[0], products.passes - begun[1], before))
 
 
 def _apart(a: Tensor, b: Tensor, sign: int) -> float:
@@ -252,8 +258,10 @@ class Chain:
         anorm: float,
         generator: torch.Generator,
         count: int = 1,
+        riders: Riders | None = None,
     ) -> None:
         self.products = products
+        self.riders = riders
         self.span = span
         self.bridge = bridge
         self.rounding = products.rounding(anorm)
@@ -280,7 +288,8 @@ class Chain:
 
     def halfway(self, index: int, spent: int, passes: int, before: list[list[float]]) -> Halfway:
         vectors = torch.cat([self.held, self.previous.reshape(1, -1), self.q.reshape(1, -1)])
-        return Halfway(index, spent, passes, before, list(self.alphas), list(self.betas), vectors)
+        images = None if self.riders is None else self.riders.images
+        return Halfway(index, spent, passes, before, list(self.alphas), list(self.betas), vectors, images)
 
     def take(self, halfway: Halfway) -> None:
         """Go on from there, with the same start vector."""
@@ -300,7 +309,7 @@ class Chain:
         while self.betas[-1:] != [0.0]:
             between(self)
             q, beta = self.q, self.betas[-1] if self.betas else 0.0
-            w = self.products(q)
+            w = (self.riders or self.products)(q)
             w = basis.subtract(w, self.bridge.to(w.device) @ tree.gram(self.span.coming, q), self.span.coming)
             w = w - beta * self.previous
             alpha = float(tree.dot(q, w))

@@ -7,10 +7,11 @@ import time
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from eigenfunc import endgame, resume, scope
-from eigenfunc.certificate import Products, seeded, start_block
+from eigenfunc.certificate import SHORTER, Products, Riders, seeded, start_block
 from eigenfunc.checkpoint import Checkpoint, Saved
 from eigenfunc.distributed.team import Group
 from eigenfunc.errors import InputError
@@ -140,23 +141,38 @@ def _solve(
         else:
             store, old, asked = saving
             witness = _start(run, v0) if old is None else resume.restore(store, old, run, asked)
-            run.journal = resume.journal(store, run, asked, witness, begun)
+            saves = 0 if old is None else old.facts["saves"]
+            run.journal = resume.journal(store, run, asked, witness, begun, saves)
         return _finish(run, plan.basis_dtype is not None, seed=seed, begun=begun, throw=throw)
 
 
 def _start(run: Run, v0: Tree | None) -> resume.Witness:
     """From the vectors that were given, or random ones; a single one is that which was calibrated with."""
-    given = None if v0 is None else start_block(v0, run.plan.block_size, run.products, run.generator)
-    drawn = run.generator.get_state()
-    tried, image = run.products.calibrate(run.generator)
-    if given is None and run.plan.block_size == 1:
-        run.verification = run.products.matvecs - 1
-        run.start(tried, image)
-    else:
-        run.verification = run.products.matvecs
-        q = start_block(None, run.plan.block_size, run.products, run.generator) if given is None else given
-        run.start(q, run.products(q))
+    plan, products, generator = run.plan, run.products, run.generator
+    given = None if v0 is None else start_block(v0, plan.block_size, products, generator)
+    drawn = generator.get_state()
+    if plan.block_size > 1:
+        return resume.Witness(drawn, _start_block(run, given))
+    tried, image = products.calibrate(generator)
+    run.verification = products.matvecs - (given is None)
+    run.start(tried, image) if given is None else run.start(given, products(given))
     return resume.Witness(drawn, image)
+
+
+def _start_block(run: Run, given: Tensor | None) -> Tensor:
+    """With the first two blocks go the two products that calibrate; the image of the first of these is returned."""
+    plan, products, generator = run.plan, run.products, run.generator
+    tried = products.random(generator)
+    q = start_block(None, plan.block_size, products, generator) if given is None else given
+    images = products.first(torch.cat([q, tried]))
+    run.start(q, images[:-1])
+    riders = Riders(products, SHORTER * tried)
+    run.look()
+    if run.j < plan.n and not run.full and run.spent < plan.max_matvecs:
+        run.advance(riders)
+    products.compare(images[-1:], riders.arrived())
+    run.verification = 2
+    return images[-1:].clone()
 
 
 def _finish(run: Run, coarse: bool, *, seed: int, begun: float, throw: bool) -> Solution:

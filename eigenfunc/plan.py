@@ -74,6 +74,7 @@ class Plan(NamedTuple):
         rows = self.basis_size + self.block_size
         scratch = 2 * rows * min(PIECE, self.n) * self.dtype.itemsize + FIXED
         step, proof, held, end = 4 * self.block_size + 2, 6 * probes, PROBE * probes, 5 * self.k + 2
+        proof += 3 * self.k if self.block_size > 1 else 0  # what its first product takes along
         if self.basis_path is None or self.basis_dtype is not None:
             return scratch + vector * max(step, proof + held, end + (held if self.basis_dtype else 0))
         return scratch + vector * max(step, proof)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ Asked = dict[str, Any]  # by name: what a file must agree with, plain values
 
 
 class Witness(NamedTuple):
-    """By which a matrix is known again: a product with a random vector."""
+    """By which a matrix is known again: a product with a random vector, in a run of blocks the last of block + 1."""
 
     drawn: Tensor  # the state of the generator that gives the vector
     image: Tensor  # (1, n), over the scale of the run
@@ -31,33 +32,45 @@ class Witness(NamedTuple):
 def opened(
     checkpoint: str | os.PathLike[str] | Checkpoint | None, products: Products, asked: Asked
 ) -> tuple[Checkpoint | None, Saved | None]:
-    """Where to save to, and what is there to go on from, if anything.
+    """Where to save to, this process's part if there are several, and what is there to go on from, if anything.
 
     `CheckpointError` for a file that does not agree with what is asked, to which the tree is added; if the run is to
-    start afresh, for one of another matrix too, because it would be overwritten. `InputError` for a run of several
-    processes.
+    start afresh, for one of another matrix too, because it would be overwritten. `InputError` for a sum over processes
+    without their group.
     """
     if checkpoint is None:
         return None, None
-    if products.columns is not None:
-        raise InputError(
-            "checkpoint does not go with group: each process has a part of the basis and saves at times of its own, so "
-            "that the files of a run that was killed would not fit together. Leave out one of the two"
-        )
-    files.require()
-    products.A.choices.tell()  # an operator that cannot be saved says so here
-    store = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     leaves = zip(tree.names(products.A.like), tree.leaves(products.A.like), strict=True)
     asked["tree"] = [f"{name} {tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves]
-    saved = files.read(Path(store.path))
+    asked["processes"] = 1 if products.columns is None else products.columns.team.size
+    store = products.attempt(lambda: _store(checkpoint, products))
+    saved = files.read(Path(store.path), None if products.columns is None else products.columns.team)
     if saved is None:
         return store, None
-    _compare(store, saved, asked)
+    products.attempt(lambda: _compare(store, saved, asked))
     if store.resume:
         return store, saved
-    with scope.full_precision(products.device), torch.no_grad():
-        _multiply_again(store, saved, Products(products.A))
+    with scope.full_precision(products.device), torch.no_grad(), products.summed():
+        _multiply_again(store, saved, products.again())
     return store, None
+
+
+def _store(checkpoint: str | os.PathLike[str] | Checkpoint, products: Products) -> Checkpoint:
+    files.require()
+    store = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    path = Path(store.path)
+    if products.columns is not None:
+        if path.exists():
+            raise CheckpointError(f"{path} is of one process. Leave out group, or give another path")
+        return replace(store, path=files.part_of(path, products.columns.team.rank))
+    if products.A.choices.shared:
+        raise InputError(
+            "this operator is a sum over processes, each of which would save at times of its own, so that the files of "
+            "a run that was killed would not fit together. Give their group too, and they save together"
+        )
+    if files.part_of(path, 0).exists():
+        raise CheckpointError(f"{path} is of several processes. Give their group, or another path")
+    return store
 
 
 def defaults(saved: Saved, basis_size: int | None, block_size: int | None, seed: int | None) -> list[int]:
@@ -69,7 +82,7 @@ def defaults(saved: Saved, basis_size: int | None, block_size: int | None, seed:
 def restore(store: Checkpoint, saved: Saved, run: Run, asked: Asked) -> Witness:
     """Go on from the file, having made sure that it is of the same matrix."""
     _compare(store, saved, asked)
-    run.products.A.choices.take(saved.facts["choices"])
+    run.products.attempt(lambda: run.products.A.choices.take(saved.facts["choices"]))
     if not _multiply_again(store, saved, run.products):
         warnings.warn(
             f"products repeat those behind {store.path} up to rounding, but not bit for bit: the result is as true as "
@@ -82,14 +95,14 @@ def restore(store: Checkpoint, saved: Saved, run: Run, asked: Asked) -> Witness:
     return Witness(saved.tensors["drawn"], saved.tensors["image"])
 
 
-def journal(store: Checkpoint, run: Run, asked: Asked, witness: Witness, begun: float) -> Journal:
+def journal(store: Checkpoint, run: Run, asked: Asked, witness: Witness, begun: float, saves: int) -> Journal:
     """Saves the run, now and from now on: a disk that does not take the file is found out at once."""
-    choices = run.products.A.choices
+    choices, columns = run.products.A.choices, run.products.columns
 
     def constant() -> Saved:
         return Saved(witness._asdict(), {"asked": asked, "choices": choices.tell()})
 
-    made = Journal(store, constant, begun)
+    made = Journal(store, constant, begun, None if columns is None else columns.team, saves)
     made.save(run.snapshot)
     return made
 
@@ -111,8 +124,10 @@ def _multiply_again(store: Checkpoint, saved: Saved, products: Products) -> bool
     facts = saved.facts["products"]
     products.scale = facts["scale"]
     then = saved.tensors["image"].to(products.device)
-    now = products(products.random(_generator(saved.tensors["drawn"])))
-    if torch.equal(now, then):
+    vector, block = products.random(_generator(saved.tensors["drawn"])), saved.facts["asked"]["block_size"]
+    # in as large a stack, in which it matters to no other row what a row holds
+    now = products(vector.expand(block + 1 if block > 1 else 1, -1).contiguous())[-1:]
+    if products.every(torch.equal(now, then)):
         return True
     length = float(tree.norm(then))
     off = float(tree.norm(now - then))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import completeness, tree
-from eigenfunc.certificate import Certified, Products, certify, where_due
+from eigenfunc.certificate import Certified, Products, Riders, certify, where_due
 from eigenfunc.checkpoint import Journal, Saved
 from eigenfunc.krylov import basis as vectors, lanczos as kernel
 from eigenfunc.plan import Plan
@@ -19,6 +19,7 @@ _BEYOND = 0.3  # of the tolerance is what blocks aim at: vectors just within it 
 ROUNDS = 4  # certificates drawn up before the noise is blamed
 _COUNTS = ("j", "width", "rows", "stop", "rounds", "restarts", "verification", "strictness", "anorm", "asym")
 _PRODUCTS = ("scale", "noise", "matvecs", "passes")
+_PROBE = {"vectors": "probe", "images": "riders"}  # tensors of a probe, by their names in a file
 
 
 class Ritz(NamedTuple):
@@ -102,14 +103,16 @@ class Run:
         small = {name: tensors[name].to(device, copy=True) for name in kernel.State._fields if name != "basis"}
         self.state = kernel.State(basis=basis, **small)
         if "probe" in facts:
-            self.halfway = completeness.Halfway(vectors=tensors["probe"].to(device), **facts["probe"])
+            kept: dict[str, Any] = {name: tensors[file].to(device) for name, file in _PROBE.items() if file in tensors}
+            self.halfway = completeness.Halfway(**kept, **facts["probe"])
 
     def _probing(self, mark: Saved, halfway: Callable[[], completeness.Halfway]) -> None:
         """Within a probe the run is where it was before it, and somewhere along the probe's chain."""
 
         def state() -> Saved:
             rest = halfway()._asdict()
-            return mark.along(Saved({"probe": rest.pop("vectors")}, {"probe": rest}))
+            kept = {file: rest.pop(name) for name, file in _PROBE.items()}
+            return mark.along(Saved({file: x for file, x in kept.items() if x is not None}, {"probe": rest}))
 
         if self.journal is not None:
             self.journal.tick(state)
@@ -136,9 +139,9 @@ class Run:
         """How far beyond a wanted value a further one does no harm; bounds are widened by what cannot be excluded."""
         return (self.plan.tol * theta.abs()).clamp_min(max(16 * self.floor(), completeness.TINY))
 
-    def advance(self) -> None:
+    def advance(self, riders: Riders | None = None) -> None:
         count = self.batch
-        self.state = kernel.step(self.state, self.products, self.j, self.width, count, again=where_due)
+        self.state = kernel.step(self.state, riders or self.products, self.j, self.width, count, again=where_due)
         self.j += count
 
     def look(self) -> Ritz:
@@ -235,9 +238,9 @@ class Run:
                 return True
         return False
 
-    def probe(self, ritz: Ritz, mark: Saved | None = None) -> completeness.Finding:
+    def probe(self, ritz: Ritz, mark: Saved | None = None, riders: Riders | None = None) -> completeness.Finding:
         """Look for eigenvalues that the start vectors did not reach. `mark`, by default the run as it is, is what is
-        saved on the way."""
+        saved on the way; its first product takes `riders` along."""
         begun, mark = self.products.matvecs, mark or self.snapshot()
         halfway, self.halfway = self.halfway, None
         span = completeness.Span(
@@ -260,6 +263,7 @@ class Run:
             min(max(100, self.spent), 300),
             partial(self._probing, mark),
             halfway,
+            riders,
         )
         self.verification += self.products.matvecs - begun
         return finding
@@ -283,6 +287,13 @@ class Run:
         self.width = grown
         self.inject(self.j + grown - 1, vector)
         self.state = kernel.swap(self.state, self.j, self.j + grown - 1)
+
+    def riding(self, ritz: Ritz) -> Riders | None:
+        """The vectors to be certified, for a product of the probe to take along: where blocks are multiplied, passes
+        are what counts. Not from a disk, where memory counts more."""
+        if self.plan.block_size == 1 or self.plan.basis_path is not None:
+            return None
+        return Riders(self.products, vectors.orthonormalise(self.vectors(ritz)))
 
     def vectors(self, ritz: Ritz) -> Tensor:
         """The wanted Ritz vectors (k, n)."""
@@ -308,18 +319,18 @@ def search(run: Run) -> tuple[Certified, completeness.Limits, int]:
     """
     plan = run.plan
     while True:
-        ritz = run.converge()
+        ritz, riders = run.converge(), None
         if run.j == plan.n:
             run.limits = run.known(ritz)
         elif not run.limits.proven:
-            before = run.products.matvecs
-            finding = run.probe(ritz)
+            before, riders = run.products.matvecs, run.riding(ritz)
+            finding = run.probe(ritz, riders=riders)
             run.limits = finding.limits
             if finding.direction is not None and run.spent < plan.max_matvecs:
                 run.join(ritz, finding.direction)
                 run.insist((run.products.matvecs - before) // 2)
                 continue
-        certified = run.certified(run.vectors(ritz))
+        certified = run.certified(run.vectors(ritz)) if riders is None else riders.certified()
         run.rounds += 1
         met = certified.residuals <= run.target(certified.values)
         if bool(met.all()) or run.j == plan.n or run.rounds == ROUNDS or run.spent >= plan.max_matvecs:

@@ -36,11 +36,11 @@ def test_saving_takes_a_twentieth_at_most_and_little_is_lost(
 ) -> None:
     now, saves = 0.0, [0.0]
 
-    def write(path: Path, saved: Saved) -> None:
+    def write(path: Path, saved: Saved, team: None) -> None:
         nonlocal now
         now += cost
         saves.append(now)
-        assert saved.facts == {"seconds": pytest.approx(now - cost), "a": 1, "b": 2}
+        assert saved.facts == {"seconds": pytest.approx(now - cost), "a": 1, "b": 2, "saves": len(saves) - 1}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=lambda: now))
@@ -60,7 +60,7 @@ def test_saving_takes_a_twentieth_at_most_and_little_is_lost(
 def test_a_restart_is_saved_and_a_run_that_stands_still_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SHARE", 1e9)
     written: list[Saved] = []
-    monkeypatch.setattr(checkpoint, "write", lambda path, saved: written.append(saved))
+    monkeypatch.setattr(checkpoint, "write", lambda path, saved, team: written.append(saved))
     A = diagonal(spectrum("bulk"))
     stats = eigsh(A, 4, which="LA", basis_size=10, seed=0, checkpoint=tmp_path / "run").stats
     assert [saved.facts["run"]["restarts"] for saved in written] == list(range(stats.restarts + 1))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 
-from eigenfunc import checkpoint, completeness, eigsh
+from eigenfunc import Batches, checkpoint, completeness, eigsh, functional_loss, hessian
 from eigenfunc.certificate import Products
 from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.errors import NotConverged
@@ -149,10 +150,38 @@ def test_nothing_that_a_run_knows_is_forgotten(tmp_path: Path) -> None:
         assert torch.equal(getattr(run.state, name), getattr(other.state, name)), name
 
 
-def test_a_dense_matrix_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_a_dense_matrix_goes_on_bit_for_bit(tmp_path: Path, block_size: int) -> None:
     A = rotated(spectrum("bulk", 60), 0).float()
     A, path = (A + A.mT) / 2, tmp_path / "run"
-    asked: dict[str, Any] = {"k": 4, "which": "BE", "basis_size": 16, "seed": 2}
+    asked: dict[str, Any] = {"k": 4, "which": "BE", "basis_size": 16, "seed": 2, "block_size": block_size}
     truth = eigsh(A, **asked)
-    assert stopped(A, path, 21, **asked) is not None
+    assert stopped(A, path, 21 // block_size, **asked) is not None
     assert_same(eigsh(A, **asked, checkpoint=str(path)), truth)
+
+
+def test_what_rode_along_with_a_proof_is_not_multiplied_again(tmp_path: Path) -> None:
+    """The products of the certificate, made in the first pass of the proof, are in what is saved from then on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    loss, params = functional_loss(model, nn.functional.cross_entropy)
+    X, y = torch.randn(90, 6).double(), torch.randint(0, 3, (90,))
+    A, path = (
+        hessian(loss, params, Batches(list(zip(X.split(30), y.split(30), strict=True))), cache=0),
+        tmp_path / "run",
+    )
+    asked: dict[str, Any] = {"k": 3, "block_size": 4, "basis_size": 30, "seed": 1}
+    truth = eigsh(A, **asked)
+    with_images = []
+    for call in range(1, truth.stats.passes):
+        path.unlink(missing_ok=True)
+        saved = stopped(A, path, call, **asked)
+        if saved is None or "probe" not in saved.facts:
+            continue
+        if saved.facts["probe"]["alphas"]:
+            with_images.append(call)
+            assert saved.tensors["riders"].shape == (3, A.size)
+        else:
+            assert "riders" not in saved.tensors
+        assert_same(eigsh(A, **asked, checkpoint=path), truth)
+    assert len(with_images) >= 1

@@ -67,9 +67,11 @@ class Counting:
 
 
 @pytest.mark.parametrize("setting", ["digits", pytest.param("mixture", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("k", "most"), [(5, 0.6), (10, 0.45)])
+@pytest.mark.parametrize(("k", "most"), [(5, 0.45), (10, 0.35)])
 @pytest.mark.parametrize("tol", [1e-3, 1e-5])
-def test_a_block_from_a_subset_takes_half_of_the_passes(setting: str, k: int, most: float, tol: float) -> None:
+def test_a_block_from_a_subset_takes_less_than_half_of_the_passes(
+    setting: str, k: int, most: float, tol: float
+) -> None:
     loss, params, data = digits() if setting == "digits" else mixture(20_000)
     cold = eigsh(hessian(loss, params, data), k, tol=tol, seed=0, block_size=1)
     found = eigsh_streaming(loss, params, data, k, tol=tol, seed=0)

@@ -74,8 +74,8 @@ def data_parallel(
     An exception on one process raises it there and `DistributedError`, naming the rank, on all others; so does a
     process that dies, or answers later than the timeout of the group, which is then of no more use. Raises
     `DistributedError` too where processes multiply different vectors, `InputError` where there is no group, where a run
-    with this operator is given a checkpoint, or parameters differ between processes, `DataError` where all shares are
-    empty, and what `make` raises.
+    with this operator is given a checkpoint but no group, or parameters differ between processes, `DataError` where all
+    shares are empty, and what `make` raises.
     """
     team = team_of(group)
     device, batches = _place(params, data, team)
@@ -133,13 +133,6 @@ def _weight(batches: Batches, device: torch.device) -> float:
         return float(any(w > 0 for w in weights)) if batches.reduction == "sum" else sum(weights)
 
 
-def _refuse(*told: Any) -> None:
-    raise InputError(
-        "a sum over processes is not to be saved: each process would save at times of its own, and the files of a run "
-        "that was killed would not fit together. Leave out checkpoint"
-    )
-
-
 _FAILED, _STOP = 1, 2
 
 
@@ -176,7 +169,7 @@ class _Summed:
             self.describe,
             lambda: self.noise,
             self.block_ratio,
-            choices=Choices(_refuse, _refuse),
+            choices=Choices(self.tell, self.take, shared=True),
             kept_bytes=int if local is None else local.kept_bytes,
         )
 
@@ -237,6 +230,14 @@ class _Summed:
         local = self.local
         own = self.team.attempt(lambda: 0.0 if local is None or local.block_ratio is None else local.block_ratio())
         return max(self.team.gather(own)) or 1.0
+
+    def tell(self) -> Any:
+        """What this process decided; nothing where it has no data."""
+        return None if self.local is None else self.local.choices.tell()
+
+    def take(self, told: Any) -> None:
+        if self.local is not None and told is not None:
+            self.local.choices.take(told)
 
     def describe(self) -> str:
         held = f"with {100 * self.part:.3g}% of the weight" if self.local is not None else "without data"
