@@ -12,7 +12,6 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eigenfunc import Estimate, LinearOperator, Solution, tree
-from eigenfunc.testing.problems import select
 
 Params = dict[str, Tensor]
 ZERO = torch.zeros(()).double()
@@ -224,6 +223,8 @@ def rotated(values: Tensor, seed: int, dtype: torch.dtype = torch.float64) -> Te
 
 
 def wanted(values: Tensor, k: int, which: str) -> Tensor:
+    from eigenfunc.testing.problems import select  # which takes hypothesis along
+
     rising = values.double().sort().values
     return rising[select(rising, k, which)]
 
