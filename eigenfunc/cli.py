@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import os
+import re
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eigenfunc import archive, demo, plot, problem, report, runlog, signals, tree
+from eigenfunc import archive, demo, jsonlog, plot, problem, report, runlog, signals, tree
 from eigenfunc._version import __version__
 from eigenfunc.certificate import seeded
 from eigenfunc.curvature.hessian import hessian
@@ -47,15 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or printed the help
         return int(stop.code or 0)
-    with warnings.catch_warnings():
-        warnings.showwarning = _plainly  # type: ignore[assignment]
+    lines = bool(getattr(args, "log_json", False)) and int(os.environ.get("RANK", "0")) == 0
+    with warnings.catch_warnings(), jsonlog.json_lines(sys.stderr) if lines else nullcontext():
+        say = partial(_say, lines)
+        warnings.showwarning = partial(_warned, say)
         try:
             _require(args.needs)
             return int(args.command(args))
         except signals.Ended as ended:
             return int(ended.code or 0)
         except EigenfuncError as error:
-            print(f"eigenfunc: {error}", file=sys.stderr)
+            say("error", f"eigenfunc: {error}")
             return LOST if isinstance(error, DistributedError) else BAD_INPUT
 
 
@@ -83,6 +87,17 @@ def _parser() -> argparse.ArgumentParser:
         "under torchrun",
     )
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
+    run.add_argument(
+        "--memory-budget",
+        type=_bytes,
+        metavar="BYTES",
+        help="beside the model and its products, as 4GB or 500MiB: the basis is made smaller, then of shorter numbers, "
+        "then files; where that cannot do, the least that can is told",
+    )
+    run.add_argument("--basis-path", type=Path, metavar="FOLDER", help="keep the basis there and not in memory")
+    run.add_argument(
+        "--log-json", action="store_true", help="lines of JSON on stderr, one an event, in place of the progress bar"
+    )
     wait = "under torchrun, seconds after which a process gives up waiting for another"
     run.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help=wait)
     run.set_defaults(command=_run, needs=("matplotlib", "safetensors"))
@@ -117,10 +132,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _plainly(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-    if issubclass(category, DeprecationWarning):
-        return
-    print(f"warning: {message}", file=sys.stderr)
+def _say(lines: bool, event: str, words: str) -> None:
+    if lines:
+        jsonlog.tell(event, message=words)
+    else:
+        print(words, file=sys.stderr)
+
+
+def _warned(say: Callable[[str, str], None], message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    if not issubclass(category, DeprecationWarning):
+        say("warning", f"warning: {message}")
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes, as 4GB, 500 MiB or 1e9."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kmgt]?)(i?)b?", text.strip().lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: write 4GB, 500MiB or 1e9")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(unit) if unit else 0))
 
 
 def _require(packages: Sequence[str]) -> None:
@@ -168,13 +198,19 @@ def _run(args: argparse.Namespace) -> int:
         with problem.traced(args.problem):
             A = _operator(args.problem, rank, size)
             wanted: dict[str, Any] = {"which": args.which, "tol": args.tol}
+            wanted |= {"memory_budget": args.memory_budget, "basis_path": args.basis_path}
+            jsonlog.tell("start", problem=str(args.problem), k=args.k, n=A.size, operator=A.describe())
             if not (args.resume and args.checkpoint.exists()):  # that run has its plan already
                 planned = plan(A, args.k, **wanted)
                 print(planned)
+                sizes = {"memory_bytes": planned.memory_bytes, "basis_bytes": planned.basis_bytes}
+                jsonlog.tell("plan", **planned._asdict(), **sizes, expected_matvecs=planned.expected_matvecs)
                 wanted["block_size"] = planned.block_size  # as printed: measured again it may come out otherwise
             wanted["seed"] = args.seed if size == 1 else first(lambda: seeded(args.seed)[1])
             with signals.saving(args.checkpoint, args.resume) as checkpoint:
-                solution = eigsh(A, args.k, **wanted, progress=not rank, checkpoint=checkpoint, throw=False)
+                shown = not rank and not args.log_json
+                solution = eigsh(A, args.k, **wanted, progress=shown, checkpoint=checkpoint, throw=False)
+            jsonlog.tell("end", **solution.report())
         return first(partial(_finish, args, solution, A, {"problem": str(args.problem)}, {}))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from eigenfunc import completeness, tree
 from eigenfunc.certificate import Certified, Products, Riders, certify, where_due
 from eigenfunc.checkpoint import Journal, Saved
+from eigenfunc.jsonlog import tell
 from eigenfunc.krylov import basis as vectors, lanczos as kernel
 from eigenfunc.plan import Plan
 
@@ -222,11 +223,15 @@ class Run:
         aimed = self.plan.tol * (_BEYOND if self.plan.block_size > 1 else 1.0)
         target = (aimed * theta.abs()).clamp_min(least)
         ratio = float((ritz.estimates[index] / target.clamp_min(1e-300)).max())
+        self._tell(float(theta[0]) * self.products.scale, ratio)
+        return ratio <= self.strictness and not self._intruded(ritz, index, target)
+
+    def _tell(self, first: float, ratio: float) -> None:
         if self.bar is not None:
             self.bar.update(self.products.matvecs - self.bar.n)
-            first = float(theta[0]) * self.products.scale
             self.bar.set_postfix_str(f"λ₁ {first:.4g}, residual {ratio:.1g} × tolerance")
-        return ratio <= self.strictness and not self._intruded(ritz, index, target)
+        spent = {"products": self.products.matvecs, "passes": self.products.passes}
+        tell("look", **spent, value=first, residual_over_tolerance=ratio)
 
     def _intruded(self, ritz: Ritz, index: Tensor, target: Tensor) -> bool:
         plan = self.plan

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from floors below its own.
 FLOORS = [
-    {"errors", "_version", "chance", "choices"},
+    {"errors", "jsonlog", "_version", "chance", "choices"},
     {"storage"},
     {"tree"},
     {"scope", "archive", "bridge", "canvas", "runlog", "selection"},

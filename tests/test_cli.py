@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -276,6 +277,47 @@ def test_bad_arguments_are_exit_code_2(arguments: list[str]) -> None:
 def test_bad_numbers_for_a_good_problem_are_exit_code_2(problem: Path, more: list[str]) -> None:
     assert main(["run", str(problem), *more, "--out", str(problem.parent / "out")]) == 2
     assert not (problem.parent / "out").exists()
+
+
+def test_lines_of_json_tell_the_plan_each_look_and_the_end(problem: Path, capsys: Any) -> None:
+    out = str(problem.parent / "out")
+    assert main(["run", str(problem), "--k", "2", "--which", "LA", "--seed", "0", "--log-json", "--out", out]) == 0
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in capsys.readouterr().err.splitlines()]
+    events = [line["event"] for line in lines]
+    assert events == ["start", "plan", *["look"] * (len(lines) - 3), "end"]
+    assert len(events) > 4
+    times, products = [line["time"] for line in lines], [line["products"] for line in lines[2:-1]]
+    assert times == sorted(times)
+    assert products == sorted(products)
+    assert lines[1]["basis_size"] >= 2
+    assert lines[-1]["matvecs"] >= products[-1]
+    assert lines[-1]["values"] == pytest.approx(truth().flip(0)[:2].tolist(), rel=1e-6)
+    assert main(["run", str(problem), "--k", "0", "--log-json", "--out", out]) == 2
+    last = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (last["event"], "k=0" in last["message"]) == ("error", True)
+    assert not logging.getLogger("eigenfunc").handlers
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1000", 1000), ("4GB", 4 * 10**9), ("500MiB", 500 * 2**20), ("1.5 kib", 1536), ("2e9", 2 * 10**9)],
+)
+def test_a_memory_budget_is_a_number_of_bytes(text: str, number: int, problem: Path, capsys: Any) -> None:
+    code = main(
+        ["run", str(problem), "--k", "1", "--log-json", "--memory-budget", text, "--out", str(problem.parent / "out")]
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert code == (0 if number > 10**8 else 2)
+    if code:
+        assert "the least that would do" in lines[-1]["message"]
+    else:
+        assert next(line for line in lines if line["event"] == "plan")["memory_bytes"] <= number
+
+
+def test_a_basis_goes_to_the_disk_where_a_path_is_given(problem: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["run", str(problem), "--k", "1", "--basis-path", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert f"on disk in {tmp_path}" in capsys.readouterr().out
+    assert main(["run", str(problem), "--basis-path", str(tmp_path / "missing"), "--out", str(tmp_path / "out")]) == 2
 
 
 def test_python_dash_m_is_the_same_command(problem: Path) -> None:
