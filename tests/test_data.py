@@ -276,7 +276,9 @@ def test_a_loader_with_a_worker_reads_ahead_and_one_pass_serves_all_probes() -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning")
-@pytest.mark.parametrize(("pin", "device", "ahead"), [(True, "cuda", True), (False, "cuda", False), (True, "cpu", False)])
+@pytest.mark.parametrize(
+    ("pin", "device", "ahead"), [(True, "cuda", True), (False, "cuda", False), (True, "cpu", False)]
+)
 def test_only_what_a_loader_pinned_goes_to_a_gpu_without_waiting(pin: bool, device: str, ahead: bool) -> None:
     waited = []
 
