@@ -78,12 +78,7 @@ def stability(history: History, *, ratio: float = 1.0) -> Alert | None:
     and 0.4 or so for vigilance: docs/science.md says what each catches, and at what price in false alarms.
     """
     now = next((x for x in reversed(history.observations) if x.limit is not None), None)
-    seen: Record | None = None
-    for record in reversed(history.records):
-        if record.top is not None and (seen is None or seen.top is None or record.top > seen.top):
-            seen = record
-        if record.certified:
-            break
+    seen = _highest(history)
     if seen is None or seen.top is None or now is None or now.limit is None:
         return None
     value, threshold = seen.top[0], ratio * now.limit
@@ -92,6 +87,38 @@ def stability(history: History, *, ratio: float = 1.0) -> Alert | None:
     rate = "" if now.rate is None else f" of the rate {now.rate:g}"
     text = f"{_words(seen, 'λ₁', *seen.top)} is {value / now.limit:.3g} × the stability limit {now.limit:.4g}{rate}"
     return Alert("stability", history.now, text, value, threshold, _certainty(seen))
+
+
+def overshoot(history: History, *, share: float = 0.2, window: int = 10) -> Alert | None:
+    """The curvature along the step to come could raise the loss by more than `share` of it.
+
+    By ½ λ₁‖Δ‖² at most, for the step Δ that the optimiser is about to take at the rate of now (`stride`) and a loss
+    that is quadratic along it; λ₁ as in `stability`, and for Adam both in the metric of its preconditioner. That of a
+    healthy step is small beside the loss: what the slope gains is worth more than the curvature takes, even at the edge
+    of stability. It needs no limit, so it sees momentum and Adam stumble where λ₁ is far below theirs, but it is no
+    proof: Δ may lie across the top eigenvectors.
+
+    share   docs/science.md says what it catches, and at what price in false alarms
+    window  losses, the median of which counts: those of small batches scatter
+
+    Silent where losses are not above 0: it is for those whose least value is 0.
+    """
+    now = history.observations[-1] if history.observations else None
+    seen = _highest(history)
+    if seen is None or seen.top is None or now is None or now.stride is None or now.rate is None:
+        return None
+    losses = sorted(x.loss for x in history.observations[-window:] if x.loss is not None and math.isfinite(x.loss))
+    if not losses or losses[0] <= 0:
+        return None
+    length, middle = now.rate * now.stride, _middle(losses)
+    value, threshold = seen.top[0] * length * length / 2, share * middle
+    if not value > threshold:
+        return None
+    text = (
+        f"the step to come, of length {length:.3g} at the rate {now.rate:g}, may raise the loss by ½ λ₁‖Δ‖² = "
+        f"{value:.3g}, {value / middle:.3g} × the median {middle:.3g} of the last; {_words(seen, 'λ₁', *seen.top)}"
+    )
+    return Alert("overshoot", history.now, text, value, threshold, _certainty(seen))
 
 
 def jump(
@@ -200,6 +227,7 @@ def repeated_batch(history: History, *, times: int = 3) -> Alert | None:
 
 RULES: tuple[Rule, ...] = (
     stability,
+    overshoot,
     jump,
     partial(jump, of="loss", window=50, least=20),
     partial(jump, of="grad_norm", window=50, least=20),
@@ -207,6 +235,17 @@ RULES: tuple[Rule, ...] = (
     non_finite,
     repeated_batch,
 )
+
+
+def _highest(history: History) -> Record | None:
+    """The record with the largest λ₁ since the last certified look, and with it."""
+    seen: Record | None = None
+    for record in reversed(history.records):
+        if record.top is not None and (seen is None or seen.top is None or record.top > seen.top):
+            seen = record
+        if record.certified:
+            break
+    return seen
 
 
 def _split(history: History, end: Literal["top", "bottom"]) -> tuple[list[Record], Record | None]:

@@ -41,6 +41,11 @@ class Ledger(NamedTuple):
         """Seconds that may be spent now for the overhead to stay at `share` of the training time."""
         return share * self.training(now) - self.spent
 
+    def needed(self, now: float) -> float:
+        """The smallest share at which one more look could be paid for now; NaN where its cost is unknown."""
+        training = self.training(now)
+        return (self.spent + self.look) / training if training > 0 else math.nan
+
     def affordable(self, now: float, share: float, known: bool) -> Depth | None:
         """What may be done now. Half of the credit goes into glances, where there are vectors, half is saved."""
         credit = self.credit(now, share)

@@ -5,6 +5,7 @@ Each adapter only passes on what the loop tells, after every optimiser step. Non
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -16,6 +17,8 @@ from eigenfunc.errors import InputError
 from eigenfunc.objective import Objective
 from eigenfunc.records import Alert, Log, Record
 from eigenfunc.track import SpectrumTracker
+
+_log = logging.getLogger("eigenfunc")
 
 
 def lightning(tracker: SpectrumTracker, model: nn.Module | None = None) -> Any:
@@ -35,8 +38,11 @@ def lightning(tracker: SpectrumTracker, model: nn.Module | None = None) -> Any:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         steps.end(trainer.global_step, module, loss=loss if isinstance(loss, Tensor) else None)
 
+    def on_train_end(_: Any, trainer: Any, module: nn.Module) -> None:
+        steps.close()
+
     base = _first(["lightning.pytorch", "pytorch_lightning"], "lightning").Callback
-    return _made(base, on_train_start, on_train_batch_end)
+    return _made(base, on_train_start, on_train_batch_end, on_train_end)
 
 
 def trainer(tracker: SpectrumTracker, model: nn.Module | None = None) -> Any:
@@ -59,8 +65,11 @@ def trainer(tracker: SpectrumTracker, model: nn.Module | None = None) -> Any:
         if logs and "loss" in logs:
             tracker.observe(state.global_step, loss=logs["loss"], grad_norm=logs.get("grad_norm"))
 
+    def on_train_end(_: Any, args: Any, state: Any, control: Any, **__: Any) -> None:
+        steps.close()
+
     base = _first(["transformers"], "transformers").TrainerCallback
-    return _made(base, on_train_begin, on_step_end, on_log)
+    return _made(base, on_train_begin, on_step_end, on_log, on_train_end)
 
 
 def tensorboard(writer: Any) -> Log:
@@ -98,6 +107,10 @@ class _Steps:
             self.last = step
             self.tracker.observe(step, loss=loss)
             self.tracker(trained if self.model is None else self.model, step)
+
+    def close(self) -> None:
+        """At the end of the training: that it went by without a look is a warning."""
+        _log.log(logging.INFO if self.tracker.records else logging.WARNING, "%s", self.tracker.summary())
 
 
 def _made(base: Any, *hooks: Any) -> Any:

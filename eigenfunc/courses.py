@@ -39,6 +39,16 @@ def _line(axes: Any, points: Sequence[tuple[int, float]], **look: Any) -> None:
         look.pop("label", None)
 
 
+def _alerted(axes: Any, run: Run) -> None:
+    for i, step in enumerate(sorted({alert["step"] for alert in run.alerts})):
+        axes.axvline(step, color=DOWN, lw=0.8, ls=":", label=None if i else "alert", zorder=1)
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Size of the largest; what passes near zero further in, as at a glance it may, is no matter for the scale."""
+    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+
+
 def eigenvalues(run: Run) -> Drawn:
     courses: dict[Any, list[tuple[int, float]]] = {}
     groups: dict[str, list[tuple[int, float, float, str]]] = {"look, certified": [], "look, not converged": []}
@@ -73,12 +83,11 @@ def eigenvalues(run: Run) -> Drawn:
         key = "color" if label != "glance" else "edgecolors"
         axes.scatter(steps, values, zorder=3, label=label, **looks[label], **{key: colours})
     every = [value for found in groups.values() for _, value, *_ in found]
-    sizes = [abs(value) for value in every if value != 0]
+    sizes = [size for size in (_largest(record["values"]) for record in run.records) if size > 0]
     if sizes and max(sizes) > 100 * min(sizes) and _drawable(max(sizes)):
         unit = 10.0 ** math.floor(math.log10(max(min(sizes), 1e-4 * max(sizes))))
         canvas.signed_log(axes, "y", unit, min(every), max(every), linear=0.25)
-    for i, step in enumerate(sorted({alert["step"] for alert in run.alerts})):
-        axes.axvline(step, color=DOWN, lw=0.8, ls=":", label=None if i else "alert", zorder=1)
+    _alerted(axes, run)
     axes.set_ylabel("eigenvalue")
     axes.legend(edgecolor=GRID, framealpha=0.9)
     words = "Eigenvalues with their bounds; a line follows one eigenvector, whatever its rank."
@@ -96,6 +105,7 @@ def stability(run: Run) -> Drawn:
     axes = canvas.new_axes(8, 3.2)
     _line(axes, points, color=UP, lw=1.2, marker="o", ms=3.5)
     axes.axhline(1, color=DOWN, lw=1, ls="--")
+    _alerted(axes, run)
     heights = [y for _, y in points if math.isfinite(y)]
     if min(heights) > 0 and max(heights) > 10 * min(heights) and _drawable(min(heights)) and _drawable(max(heights)):
         axes.set_yscale("log")

@@ -1,14 +1,14 @@
-"""The diagonal by which an adaptive optimiser divides its steps, as a tree shaped as the parameters."""
+"""What optimisers keep: the diagonal by which an adaptive one divides its steps, and how long its next step is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Adagrad, Adam, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RAdam, RMSprop
 
 from eigenfunc import tree
 from eigenfunc.errors import InputError
@@ -44,12 +44,7 @@ def adam_preconditioner(optimizer: Optimizer, params: Tree) -> Tree:
             "make d, a tree of positive tensors shaped as the parameters, yourself"
         )
     tree.check_vector_space(params, "params")
-    held: dict[Key | str, tuple[Tensor, Group]] = {}
-    for group in optimizer.param_groups:
-        for p, name in zip(group["params"], group.get("param_names") or [None] * len(group["params"]), strict=True):
-            held[_key(p)] = p, group
-            if name is not None:
-                held[name] = p, group
+    held = _held(optimizer)
     flat, rebuild = tree.flatten(params)
     found = []
     for name, leaf in zip(tree.names(params), flat, strict=True):
@@ -69,6 +64,78 @@ def adam_preconditioner(optimizer: Optimizer, params: Tree) -> Tree:
         dtype = torch.promote_types(leaf.dtype, torch.float32)
         found.append(diagonal(state, settings).to(dtype=dtype, device=leaf.device))
     return rebuild(found)
+
+
+def stride(optimizer: Optimizer, params: Tree) -> float | None:
+    """Length of the optimiser's next step on `params`, per unit of its largest rate; None where that is not known.
+
+    With the gradients that the parameters hold now; without them, of the last step once more, which only SGD with
+    momentum and Adam remember. Known for SGD with all its options, Adam, AdamW and RAdam (v̂ of the last step), RMSprop
+    without momentum and Adagrad without decay of its rate. The length of a step Δ is √(Δᵀ D Δ), D the diagonal of
+    `adam_preconditioner`, or 1 for SGD: by Rayleigh's quotient ½ λ₁ times its square, λ₁ of the matrix that D
+    preconditions, is the most by which the curvature along Δ can raise a quadratic loss.
+
+    None for another optimiser or parameters that it does not hold, and before a gradient, or Adam's first step.
+    """
+    rate = max(float(group["lr"]) for group in optimizer.param_groups)
+    rule = next((f for kind, f in _STEPS.items() if isinstance(optimizer, kind)), None)
+    if rule is None or not 0 < rate < math.inf:
+        return None
+    held, parts = _held(optimizer), []
+    for name, leaf in zip(tree.names(params), tree.leaves(params), strict=True):
+        p, group = held.get(_key(leaf)) or held.get(name) or _NEITHER
+        if p is None:
+            return None
+        state, sign = optimizer.state.get(p, {}), -1.0 if group.get("maximize") else 1.0
+        g = None if p.grad is None else sign * p.grad.detach().to(torch.promote_types(p.dtype, torch.float32))
+        if g is None and not state:
+            continue  # it gets no gradient, and no step
+        if g is not None and not group.get("decoupled_weight_decay"):
+            g = g + float(group["weight_decay"]) * p.detach()
+        step = rule(p.detach(), g, state, group)
+        if step is None:
+            return None
+        parts.append(step * (float(group["lr"]) / rate))
+    length = float(tree.norm(parts)) if parts else math.nan
+    return length if math.isfinite(length) else None
+
+
+def _sgd_step(_: Tensor, g: Tensor | None, state: State, group: Group) -> Tensor | None:
+    beta, last = float(group["momentum"]), cast("Tensor | None", state.get("momentum_buffer"))
+    if g is None or beta == 0:
+        return last if g is None else g
+    velocity = g if last is None else beta * last + (1 - float(group["dampening"])) * g
+    return g + beta * velocity if group["nesterov"] else velocity
+
+
+def _adam_step(p: Tensor, g: Tensor | None, state: State, group: Group) -> Tensor | None:
+    if not state:
+        return None
+    kind = _adam if "amsgrad" in group else _radam
+    beta, count, d = float(group["betas"][0]), float(state["step"]) + (g is not None), kind(state, group)
+    mean = state["exp_avg"] if g is None else beta * state["exp_avg"] + (1 - beta) * g
+    step = mean / (1 - beta**count) / d
+    if group.get("decoupled_weight_decay"):
+        step = step + float(group["weight_decay"]) * p
+    return step * d.sqrt()
+
+
+def _plain_step(_: Tensor, g: Tensor | None, state: State, group: Group) -> Tensor | None:
+    """Of a gradient over the diagonal, without a memory of gradients."""
+    if g is None or not state or float(state["step"]) == 0 or group.get("momentum") or group.get("lr_decay"):
+        return None
+    return g / (_rmsprop if "square_avg" in state else _adagrad)(state, group).sqrt()
+
+
+def _held(optimizer: Optimizer) -> dict[Key | str, tuple[Tensor, Group]]:
+    """Its parameters with their groups, by memory and, where it has them, by name."""
+    held: dict[Key | str, tuple[Tensor, Group]] = {}
+    for group in optimizer.param_groups:
+        for p, name in zip(group["params"], group.get("param_names") or [None] * len(group["params"]), strict=True):
+            held[_key(p)] = p, group
+            if name is not None:
+                held[name] = p, group
+    return held
 
 
 def _key(p: Tensor) -> Key:
@@ -115,4 +182,11 @@ _DIAGONALS: dict[type[Optimizer], Callable[[State, Group], Tensor]] = {
     RAdam: _radam,
     RMSprop: _rmsprop,
     Adagrad: _adagrad,
+}
+_STEPS: dict[type[Optimizer], Callable[[Tensor, Tensor | None, State, Group], Tensor | None]] = {
+    SGD: _sgd_step,
+    Adam: _adam_step,  # and AdamW
+    RAdam: _adam_step,
+    RMSprop: _plain_step,
+    Adagrad: _plain_step,
 }

@@ -122,6 +122,7 @@ class Observation(NamedTuple):
     rate: float | None = None  # of the step to come
     limit: float | None = None  # the largest eigenvalue that it allows
     batch: int | str | None = None  # a hash
+    stride: float | None = None  # length of the step to come for a rate of 1, in the metric of the matrix
 
 
 class History(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -23,6 +24,7 @@ from eigenfunc.tracking import State, Tracking
 from eigenfunc.tree import Tree
 
 _log = logging.getLogger("eigenfunc")
+_PATIENCE = 100  # calls without a look after which the user is told why; and again after ten times as many
 
 
 class SpectrumTracker:
@@ -40,7 +42,8 @@ class SpectrumTracker:
     every         look at each step that is a multiple of it. Otherwise
     max_overhead  is the share of the training time, measured from the first call on, that tracking may take. What a
                   look costs is guessed from one gradient at first, so the first one comes when it can be afforded;
-                  `look` asks for one at once. In between there are glances
+                  `look` asks for one at once. In between there are glances. After 100 calls without a look, and ten
+                  times as many each time, a warning says which budget would have bought one, as `summary` does
     rules         what raises alerts: see `eigenfunc.alerts`
     on_alert      called with each alert; what it raises ends the training
     log           path of a JSON Lines file to append to, or a function that is called with each record and alert
@@ -87,6 +90,7 @@ class SpectrumTracker:
         self.state = self.core.init()
         self.records: list[Record] = []
         self.alerts: list[Alert] = []
+        self._patience = _PATIENCE
         self._on_alert = on_alert
         self._log: Log | None = jsonl(log) if isinstance(log, (str, PathLike)) else log
 
@@ -100,6 +104,10 @@ class SpectrumTracker:
         Raises at the first look what `hessian` and `eigsh` raise (but `NotConverged`, which the record tells).
         """
         state, record = self.core.update(self.state, params, step)
+        if self.core.every is None and not self.records and record is None and state.calls >= self._patience:
+            self._patience = 10 * state.calls
+            self.state = state
+            _log.warning("%s", self.summary())
         return self._done(state, record)
 
     def look(self, params: Tree | nn.Module, step: int | None = None) -> Record | None:
@@ -141,6 +149,26 @@ class SpectrumTracker:
         ledger, now = self.state.ledger, self.core.clock()
         return ledger.spent / ledger.training(now) if ledger.spent else 0.0
 
+    def summary(self) -> str:
+        """What the tracker did so far and what it cost, in a line; without any look, what would have bought one."""
+        state, now = self.state, self.core.clock()
+        kinds = [record.kind for record in self.records]
+        looks, glances, alarms = kinds.count("look"), kinds.count("glance"), len(self.alerts)
+        told = f"{looks} looks, {glances} glances and {alarms} alerts in {state.calls:,} calls"
+        if self.core.every is not None:
+            return f"{told}; overhead {self.overhead:.2%}, whatever it is: every={self.core.every}"
+        told = f"{told}; overhead {self.overhead:.2%} of a budget of {self.core.max_overhead:.2%}"
+        needed = state.ledger.needed(now)
+        if looks or not math.isfinite(needed):
+            return told
+        wait = state.ledger.look / self.core.max_overhead
+        return (
+            f"{told}. The budget has bought no look yet: one takes about {state.ledger.look:.2g} s, which {wait:.2g} s "
+            f"of training earn, and there were {state.ledger.training(now):.2g} s. The smallest budget that would have "
+            f"bought one is max_overhead={_up(needed):g}; look(params) takes one at once, a smaller sample as data "
+            "makes it cheaper"
+        )
+
     @property
     def vectors(self) -> Tree | None:
         """(k, *leaf), of the last look or glance."""
@@ -161,6 +189,12 @@ class SpectrumTracker:
             for alert in state.raised:
                 self._on_alert(alert)
         return record
+
+
+def _up(share: float) -> float:
+    """Rounded up to two digits."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 1)
+    return math.ceil(share / unit) * unit
 
 
 def _number(x: float | Tensor | None) -> float | None:

@@ -23,17 +23,18 @@ from eigenfunc.errors import DataError, InputError, NonFiniteError, ProductError
 from eigenfunc.operator import LinearOperator
 from eigenfunc.overlap import gradient
 from eigenfunc.plan import plan_for
-from eigenfunc.preconditioners import adam_preconditioner
+from eigenfunc.preconditioners import adam_preconditioner, stride
 from eigenfunc.records import Alert, History, Observation, Record, Rule
 from eigenfunc.solution import cluster_bounds
 from eigenfunc.stochastic.trace import trace
 from eigenfunc.tree import Tree
 
-_KEPT = 128  # records and observations that rules see
+KEPT = 128  # records and observations that rules see
 _MOST = 200  # products of a look, and 20 for each pair more: a run should not wait for what does not converge
 _GRADIENTS = 2.5  # what a product costs, about, before one was timed
 _QUIET = 100  # steps after which an alert of the same rule is news again
 _WORSE = 2.0  # or if it is this many times the square of how far over the threshold it was
+_GREW = 1.25  # a rate above so many times that at which the stride was read
 _SAME = math.sqrt(0.5)  # overlaps beyond are with one vector at most, since squares sum to 1
 
 
@@ -45,6 +46,7 @@ class State(NamedTuple):
     told     rule -> (how far over its threshold when it was raised, the step at which it last held)
     raised   alerts of the last call
     calls    how many
+    stride, paced   that of the optimiser, and the rate at which it was read
     """
 
     vectors: Tree | None = None
@@ -56,6 +58,8 @@ class State(NamedTuple):
     raised: tuple[Alert, ...] = ()
     calls: int = 0
     ledger: Ledger = Ledger()
+    stride: float | None = None
+    paced: float = 0.0
 
     @property
     def history(self) -> History:
@@ -117,9 +121,10 @@ class Tracking:
             _synchronised(tree.device(point))
             since = self.clock()
             state, record = self._seen(state, point, step, "look" if state.vectors is None else depth)
-            state = state._replace(records=(*state.records, record)[-_KEPT:])
+            state = state._replace(records=(*state.records, record)[-KEPT:])
         rate, limit = self._rate(None)
-        state = self._judged(state, Observation(step, rate=rate, limit=limit))
+        state = self._measured(state, params, rate, record is not None)
+        state = self._judged(state, Observation(step, rate=rate, limit=limit, stride=state.stride))
         now = self.clock()
         if record is not None:
             record = replace(record, rate=rate, limit=limit, alerts=state.raised, seconds=now - since)
@@ -131,7 +136,8 @@ class Tracking:
         """The next state, with the alerts that what was seen at a step raises."""
         since = self.clock()
         rate, limit = self._rate(seen.rate)
-        state = self._judged(state, seen._replace(rate=rate, limit=limit if seen.limit is None else seen.limit))
+        limit = limit if seen.limit is None else seen.limit
+        state = self._judged(state, seen._replace(rate=rate, limit=limit, stride=state.stride))
         ledger = state.ledger.started(since)
         return state._replace(ledger=ledger.charged(self.clock(), since, self.max_overhead, None))
 
@@ -157,6 +163,12 @@ class Tracking:
             return state, None  # as it was when last seen
         return state, depth
 
+    def _measured(self, state: State, params: Tree | nn.Module, rate: float | None, anew: bool) -> State:
+        """The stride is read with each record, and where the rate has grown since: every time would cost too much."""
+        if self.optimizer is None or rate is None or not (anew or rate > _GREW * state.paced):
+            return state
+        return state._replace(stride=stride(self.optimizer, parameters(params)), paced=rate)
+
     def _rate(self, given: float | None) -> tuple[float | None, float | None]:
         """The learning rate now and the largest stable eigenvalue there."""
         rate, limit = given, None
@@ -177,7 +189,7 @@ class Tracking:
             if seen == known and (not state.records or state.records[-1].step != seen.step):
                 return state._replace(raised=())  # nothing is new
             past = past[:-1]
-        state = state._replace(observations=(*past, seen)[-_KEPT:])
+        state = state._replace(observations=(*past, seen)[-KEPT:])
         history = state.history
         found = [alert for rule in self.rules if (alert := rule(history)) is not None]
         told, raised = state.told, []
@@ -215,7 +227,7 @@ class Tracking:
         return state._replace(vectors=vectors, ids=ids, born=born), replace(record, ids=ids, overlaps=overlaps)
 
     def _name(self) -> str:
-        name = getattr(self.matrix, "__name__", "matrix")
+        name = getattr(getattr(self.matrix, "func", self.matrix), "__name__", "matrix")  # of a partial too
         return f"preconditioned {name}" if self.optimizer is not None and alerts.is_adaptive(self.optimizer) else name
 
     def _look(self, A: LinearOperator, state: State, blank: Record) -> tuple[Record, Tree]:

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from eigenfunc import alerts
@@ -17,11 +17,13 @@ from eigenfunc.alerts import (
     negative_curvature,
     non_finite,
     optimizer_limit,
+    overshoot,
     repeated_batch,
     stability,
     stability_limit,
 )
 from eigenfunc.errors import InputError
+from eigenfunc.preconditioners import adam_preconditioner, stride
 from eigenfunc.records import Alert, History, Observation, Record
 
 
@@ -155,6 +157,109 @@ def test_scores_of_positive_values_do_not_depend_on_their_unit(values: list[floa
         assert held is None or held.value == pytest.approx(held.threshold, rel=1e-9)
     else:
         assert scaled.threshold == pytest.approx(unit * found.threshold)
+
+
+_STEPS = [
+    partial(torch.optim.SGD),
+    partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1),
+    partial(torch.optim.SGD, momentum=0.8, dampening=0.3, maximize=True),
+    partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    partial(torch.optim.Adam, betas=(0.8, 0.99), weight_decay=0.0),
+    partial(torch.optim.AdamW, weight_decay=0.3),
+    partial(torch.optim.AdamW, amsgrad=True, maximize=True),
+    partial(torch.optim.RAdam, betas=(0.9, 0.5)),
+    partial(torch.optim.RMSprop, alpha=1e-9),
+    partial(torch.optim.Adagrad, initial_accumulator_value=1e6),
+]
+
+
+@pytest.mark.parametrize("made", _STEPS)
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**31), steps=st.integers(1, 6))
+def test_the_stride_is_the_step_that_the_optimiser_then_takes(made: object, seed: int, steps: int) -> None:
+    """Gradients change signs but no sizes, so v̂ stands still, and the metric is that of the step; two rates."""
+    g = torch.Generator().manual_seed(seed)
+    params = {
+        name: nn.Parameter(torch.randn(shape, generator=g).double()) for name, shape in (("a", (3, 2)), ("b", (4,)))
+    }
+    sizes = {name: torch.rand(p.shape, generator=g).double() + 0.5 for name, p in params.items()}
+    groups = [{"params": [params["a"]], "lr": 0.01}, {"params": [params["b"]], "lr": 0.003}]
+    optimizer = made(groups)  # type: ignore[operator]
+    flat = {name: p.detach() for name, p in params.items()}
+    for step in range(steps + 1):
+        for name, p in params.items():
+            p.grad = sizes[name] * torch.randn(p.shape, generator=g).sign().double()
+        before = {name: p.detach().clone() for name, p in params.items()}
+        adaptive = not isinstance(optimizer, torch.optim.SGD)
+        known = step > 0 or not adaptive
+        told = stride(optimizer, flat)
+        assert (told is not None) == known
+        d = adam_preconditioner(optimizer, flat) if adaptive and known else {name: torch.ones(()) for name in flat}
+        optimizer.step()
+        if told is not None:
+            moved = sum(float((d[name] * (flat[name] - before[name]).double() ** 2).sum()) for name in flat)
+            assert 0.01 * told == pytest.approx(math.sqrt(moved), rel=1e-5)
+
+
+def test_a_stride_that_is_not_known_is_not_told() -> None:
+    x, y = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    sgd = torch.optim.SGD([x, y], lr=0.1, momentum=0.9)
+    assert stride(sgd, {"x": x.detach()}) is None  # no gradient yet
+    x.grad = torch.full((3,), 2.0)
+    assert stride(sgd, {"x": x.detach()}) == stride(sgd, {"x": x.detach(), "y": y.detach()}) == pytest.approx(12**0.5)
+    assert stride(sgd, {"z": torch.ones(3)}) is None
+    sgd.step()
+    x.grad = None
+    assert stride(sgd, {"x": x.detach()}) == pytest.approx(12**0.5)  # the last step once more
+    assert stride(torch.optim.NAdam([x]), {"x": x.detach()}) is None
+    sgd.param_groups[0]["lr"] = 0.0
+    assert stride(sgd, {"x": x.detach()}) is None
+    x.grad = torch.full((3,), math.inf)
+    assert stride(torch.optim.SGD([x], lr=0.1), {"x": x.detach()}) is None
+
+
+@given(
+    st.floats(0.1, 100), st.floats(1e-3, 1), st.floats(0.01, 10), st.lists(st.floats(0.05, 5), min_size=1, max_size=30)
+)
+def test_overshoot_is_the_most_that_curvature_adds_to_a_quadratic_loss(
+    top: float, rate: float, length: float, values: list[float]
+) -> None:
+    steps = [Observation(i, loss=x, rate=rate, stride=length) for i, x in enumerate(values)]
+    last = sorted(values[-10:])
+    middle = (last[(len(last) - 1) // 2] + last[len(last) // 2]) / 2
+    rise = float(torch.tensor([rate * length, 0.0]) @ torch.diag(torch.tensor([top, top / 2])) @
+                 torch.tensor([rate * length, 0.0])) / 2  # fmt: skip
+    seen = [glance(0, top)]
+    for share in (0.2, 1.0):
+        if abs(rise / (share * middle) - 1) > 1e-4:
+            found = overshoot(History(seen, steps), share=share)
+            assert (found is not None) == (rise > share * middle)
+            if found is not None:
+                assert (found.value, found.threshold) == (pytest.approx(rise, rel=1e-5), pytest.approx(share * middle))
+                assert found.certainty == "one-sided"
+
+
+def test_overshoot_is_silent_where_something_is_missing_or_losses_have_no_floor_at_zero() -> None:
+    whole = Observation(3, loss=1.0, rate=1.0, stride=10.0)
+    seen = looks([10.0])
+    found = overshoot(History(seen, [whole]))
+    assert found is not None
+    assert found.certainty == "certified"
+    assert overshoot(History((), [whole])) is None
+    for lack in ({"loss": None}, {"rate": None}, {"stride": None}, {"loss": -1.0}, {"loss": 0.0}, {"loss": math.nan}):
+        assert overshoot(History(seen, [whole._replace(**lack)])) is None  # type: ignore[arg-type]
+    assert overshoot(History(looks([-10.0]), [whole])) is None
+
+
+def test_at_the_edge_of_stability_no_overshoot_is_told() -> None:
+    """Half of λ₁ on its limit is no matter, for the step is short there: λ₁η/2 = 1, ½λ₁‖Δ‖² = η‖g‖²."""
+    rate, slope, loss = 0.1, 0.3, 0.2
+    edge = History(looks([2 / rate]), [Observation(0, loss=loss, rate=rate, limit=2 / rate, stride=slope)])
+    assert stability(edge, ratio=0.99) is not None
+    assert overshoot(edge) is None
+    found = overshoot(edge, share=0.01)
+    assert found is not None
+    assert found.value == pytest.approx(rate * slope**2)
 
 
 def test_jumps_are_measured_against_certified_looks_and_told_once() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from eigenfunc import LinearOperator, hessian
 from eigenfunc.budget import Ledger
+from eigenfunc.track import SpectrumTracker
 from eigenfunc.tracking import Tracking
 
 START = {"x": torch.linspace(0.5, 3.0, 40, dtype=torch.float64)}
@@ -104,3 +107,32 @@ def test_no_more_is_spent_than_earned_but_for_what_a_look_costs_beyond_the_fores
 def test_an_unknown_price_is_never_paid() -> None:
     assert Ledger().started(0.0).affordable(1e9, 0.5, True) is None
     assert math.isnan(Ledger().look)
+
+
+def test_a_budget_that_buys_nothing_says_which_one_would(caplog: pytest.LogCaptureFixture) -> None:
+    """And it would: the same run with that budget has a look."""
+
+    def run(share: float) -> tuple[SpectrumTracker, list[str]]:
+        clock = Clock()
+        tracker = SpectrumTracker(
+            clock.loss, torch.zeros(1), k=2, max_overhead=share, matrix=clock.matrix, trace_matvecs=0
+        )
+        tracker.core = replace(tracker.core, clock=clock)
+        caplog.clear()
+        for _ in range(120):
+            clock.time += 1e-3
+            tracker(START)
+        return tracker, [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+    tracker, said = run(0.02)
+    assert not tracker.records
+    assert len(said) == 1  # at the hundredth call
+    assert "bought no look yet" in said[0]
+    named = re.search(r"max_overhead=([\d.]+)", said[0])
+    assert named is not None
+    enough, silent = run(float(named[1]))
+    assert enough.records
+    assert not silent
+    assert "1 looks" in enough.summary()
+    assert not run(0.9 * float(named[1]) * 100 / 120)[0].records
+    assert "bought" not in enough.summary()
