@@ -12,12 +12,16 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from eigenfunc import scope
 from eigenfunc.curvature.elementary import RANDOM, SWAPS
 from eigenfunc.errors import ProductError, TransformError
+
+forward_ad: Any = _forward_ad
 
 
 class Seen:
@@ -211,14 +215,55 @@ class Traceable(TorchFunctionMode):
         return formula(*args, **named)
 
 
-class SplitLinear(TorchFunctionMode):
-    """Linear layers as a product and a sum: for a tangent through both at once torch holds five tensors of the size of
-    the layer's output, and so four, which is what counts where the outputs are logits over a large vocabulary."""
+class LeanLinear(TorchFunctionMode):
+    """Linear layers with little memory for tangents, which counts where outputs are logits over a large vocabulary.
+
+    For tangents of input and weights torch holds five tensors of the size of the layer's output: here two, output and
+    tangent, outside of transforms. Inside of them a function of one's own would not compose: a product and a sum, four.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and len(args) == 3 and args[2] is not None and not kwargs:
-            return args[0] @ args[1].mT + args[2]
-        return func(*args, **(kwargs or {}))
+        if func is not F.linear or len(args) != 3 or kwargs:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = args
+        if scope.inside_transform():
+            return func(*args) if bias is None else x @ weight.mT + bias
+        moving = all(forward_ad.unpack_dual(y).tangent is not None for y in (x, weight))
+        if not moving or weight.ndim != 2 or torch.is_autocast_enabled(x.device.type):
+            return func(*args)
+        return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    """x Wᵀ + b with its tangent summed up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (x, weight), (by_x, by_weight, by_bias) = ctx.saved_tensors, tangents
+        out: Tensor = _rows(by_x) @ weight.mT
+        out.addmm_(_rows(x), by_weight.mT)
+        if by_bias is not None:
+            out += by_bias
+        return out.reshape(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        (x, weight), (slope,) = ctx.saved_tensors, slopes
+        if slope is None:
+            return None, None, None
+        by_bias = _rows(slope).sum(0) if ctx.needs_input_grad[2] else None
+        return slope @ weight, _rows(slope).mT @ _rows(x), by_bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _show() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
 from eigenfunc.curvature.mends import Seen, mended
-from eigenfunc.curvature.products import FORWARD, F, Function, Ways
+from eigenfunc.curvature.products import FORWARD, F, Function, Way, Ways
 from eigenfunc.errors import EigenfuncError, ProductError
 
 
@@ -40,23 +40,18 @@ def prove(
 
     Raises `ProductError` with the figures where no two agree.
     """
-    generator = torch.Generator().manual_seed(0)
-    u, v = ([tree.randn(x, generator) for x in point] for _ in range(2))
     images: dict[str, list[Tensor]] = {}
     trouble: dict[str, str] = {}
     for name in sorted(ways.each, key=lambda way: way != wanted):
         try:
-            product = ways.each[name](f, point)
-            image = product.single(v)
-            other = None if images else product.single(u)
-            del product
-            if problem := _flaw(u, v, image, other, tolerance_of(point, seen.eps)):
-                trouble[name] = problem
-                continue
+            image, flaw = _tried(ways.each[name], f, point, None if images else tolerance_of(point, seen.eps))
         except EigenfuncError:
             raise
         except Exception as error:  # user code and torch raise whatever they like
             trouble[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            continue
+        if flaw:
+            trouble[name] = flaw
             continue
         images[name] = image
         agreeing = {name, *_agreeing(images, name, labels, seen.eps, trouble)}
@@ -65,7 +60,7 @@ def prove(
             return Proof(tuple(way for way in ways.each if way in agreeing), worst, trouble, ways.witness_name)
     for name in images if wanted is None else [wanted] if wanted in images else []:
         tolerance = min(20 * tolerance_of(point, seen.eps), 0.05)
-        found = _against_differences(*ways.witness(f, point, v), images[name], labels, tolerance)
+        found = _against_differences(*ways.witness(f, point, _drawn(point, 0)), images[name], labels, tolerance)
         if isinstance(found, float):
             return Proof((name,), found, trouble, ways.witness_name)
         trouble[f"{name} against central differences"] = found
@@ -77,19 +72,31 @@ def prove(
     )
 
 
-def _flaw(
-    u: list[Tensor], v: list[Tensor], image: list[Tensor], other: list[Tensor] | None, tolerance: float
-) -> str | None:
-    """What rules a way out by itself: entries of A v that are not finite or, given A u, ⟨u, Av⟩ ≠ ⟨v, Au⟩."""
+def _drawn(point: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """A random vector, drawn anew wherever it is needed: next to logits it would fill the memory to be kept."""
+    generator = torch.Generator().manual_seed(seed)
+    return [tree.randn(x, generator) for x in point]
+
+
+def _tried(way: Way[F], f: F, point: Sequence[Tensor], tolerance: float | None) -> tuple[list[Tensor], str | None]:
+    """A v by the way, and what rules it out by itself: entries that are not finite or, given how far rounding may part
+    them, ⟨u, Av⟩ ≠ ⟨v, Au⟩."""
+    product = way(f, point)
+    image = product.single(_drawn(point, 0))
     if not all(bool(torch.isfinite(block).all()) for block in image):
-        return "the product holds NaN or infinity"
-    if other is None:
-        return None
-    skew = float((tree.dot(u, image) - tree.dot(v, other)).abs())
-    size = float(tree.norm(u) * tree.norm(image) + tree.norm(v) * tree.norm(other))
-    if skew > tolerance * size:
-        return f"not symmetric: ⟨u, Av⟩ and ⟨v, Au⟩ differ by {skew:.2e} of {size:.2e}"
-    return None
+        return image, "the product holds NaN or infinity"
+    if tolerance is None:
+        return image, None
+    u = _drawn(point, 1)
+    forth, size = float(tree.dot(u, image)), float(tree.norm(u) * tree.norm(image))
+    other = product.single(u)
+    del u
+    v = _drawn(point, 0)
+    skew = abs(forth - float(tree.dot(v, other)))
+    size += float(tree.norm(v) * tree.norm(other))
+    if not skew <= tolerance * size:
+        return image, f"not symmetric: ⟨u, Av⟩ and ⟨v, Au⟩ differ by {skew:.2e} of {size:.2e}"
+    return image, None
 
 
 def _agreeing(

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from eigenfunc import scope, tree
 from eigenfunc.curvature import differences
 from eigenfunc.curvature.differences import Map
-from eigenfunc.curvature.mends import Seen, SplitLinear, Traceable, mended, show_all_calls
+from eigenfunc.curvature.mends import LeanLinear, Seen, Traceable, mended, show_all_calls
 from eigenfunc.curvature.products import Product, Way, Ways, forward_ad, looped
 from eigenfunc.curvature.setup import Matrix, operator
 from eigenfunc.data import fresh
@@ -161,7 +161,7 @@ def dual(f: Halves, point: Sequence[Tensor]) -> Product:
 
     def pushed(v: Sequence[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in point]
-        with forward_ad.dual_level(), SplitLinear():
+        with forward_ad.dual_level(), LeanLinear():
             outputs = f.predict([forward_ad.make_dual(x, t) for x, t in zip(leaves, v, strict=True)])
             found = [forward_ad.unpack_dual(z).tangent for z in outputs]
             u = [torch.zeros_like(z) if t is None else t.detach() for z, t in zip(outputs, found, strict=True)]
@@ -182,7 +182,7 @@ def jvp(f: Halves, point: Sequence[Tensor]) -> Product:
     transform."""
 
     def pushed(v: Sequence[Tensor]) -> list[Tensor]:
-        with SplitLinear():
+        with LeanLinear():
             ends: list[Any] = list(torch.func.jvp(f.predict, (list(point),), (list(v),)))
         w = f.curvature(ends[0])(_apart(ends[1], v))
         ends.clear()
