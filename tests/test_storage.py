@@ -19,7 +19,7 @@ from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import InputError, Stopped, StorageError
 from eigenfunc.krylov import basis, lanczos as kernel
 from eigenfunc.operator import LinearOperator, aslinearoperator
-from tests.helpers import never, normal
+from tests.helpers import never
 from tests.stopped import diagonal
 
 PIECE = 16_384
@@ -40,7 +40,7 @@ def spectrum(n: int) -> Tensor:
 
 
 def stacked(rows: int, columns: int = N, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return normal(rows, columns, seed=seed, dtype=dtype)
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def on_disk(x: Tensor, folder: Path) -> Tensor:
@@ -180,7 +180,7 @@ def test_a_path_that_is_no_folder_is_refused(folder: object) -> None:
 RESIDENT = """
 import resource, sys, torch
 from eigenfunc.eigsh import eigsh
-from eigenfunc.operator import LinearOperator, aslinearoperator
+from eigenfunc.operator import aslinearoperator
 torch.set_num_threads(1)
 def diagonal(n):
     values = 0.01 * torch.rand(n, generator=torch.Generator().manual_seed(1))
