@@ -74,8 +74,8 @@ def stability(history: History, *, ratio: float = 1.0) -> Alert | None:
 
     It is asked at every training step, so a jump of the rate fires at once, before the step is taken. At 1 a quadratic
     would diverge. Training at the edge of stability (full batch, mean squared error) hovers there for long and thrives;
-    momentum can blow up from about 0.2 on if the rate jumps, for the velocity of before overshoots. So 1 is for proof,
-    and 0.4 or so for vigilance: docs/science.md says what each catches, and at what price in false alarms.
+    momentum can blow up from about 0.2 on if the rate jumps, for the velocity of before overshoots: `overshoot` sees
+    that. docs/science.md says what each catches, and at what price in false alarms.
     """
     now = next((x for x in reversed(history.observations) if x.limit is not None), None)
     seen = _highest(history)
@@ -228,7 +228,9 @@ def repeated_batch(history: History, *, times: int = 3) -> Alert | None:
 RULES: tuple[Rule, ...] = (
     stability,
     overshoot,
-    jump,
+    partial(
+        jump, floor=0.2
+    ),  # at least 3.3 times: after a change of the rate λ₁ settles elsewhere, and no harm is done
     partial(jump, of="loss", window=50, least=20),
     partial(jump, of="grad_norm", window=50, least=20),
     negative_curvature,

@@ -104,7 +104,7 @@ def _sgd_step(_: Tensor, g: Tensor | None, state: State, group: Group) -> Tensor
     beta, last = float(group["momentum"]), cast("Tensor | None", state.get("momentum_buffer"))
     if g is None or beta == 0:
         return last if g is None else g
-    velocity = g if last is None else beta * last + (1 - float(group["dampening"])) * g
+    velocity: Tensor = g if last is None else beta * last + (1 - float(group["dampening"])) * g
     return g + beta * velocity if group["nesterov"] else velocity
 
 
@@ -114,7 +114,7 @@ def _adam_step(p: Tensor, g: Tensor | None, state: State, group: Group) -> Tenso
     kind = _adam if "amsgrad" in group else _radam
     beta, count, d = float(group["betas"][0]), float(state["step"]) + (g is not None), kind(state, group)
     mean = state["exp_avg"] if g is None else beta * state["exp_avg"] + (1 - beta) * g
-    step = mean / (1 - beta**count) / d
+    step: Tensor = mean / (1 - beta**count) / d
     if group.get("decoupled_weight_decay"):
         step = step + float(group["weight_decay"]) * p
     return step * d.sqrt()

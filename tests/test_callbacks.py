@@ -150,3 +150,19 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for make, name in ((callbacks.lightning, "lightning"), (callbacks.trainer, "transformers")):
         with pytest.raises(InputError, match=f"pip install {name}"):
             make(tracker)
+
+
+def test_a_training_that_ends_without_a_look_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Linear(6, 3)
+    loss, _ = functional_loss(net, cross_entropy)
+    for every, level in ((None, "WARNING"), (1, "INFO")):
+        tracker = SpectrumTracker(loss, (INPUTS, TARGETS), k=1, every=every, max_overhead=1e-9)
+        steps = callbacks._Steps(tracker, net)
+        steps.end(1, net)
+        steps.end(2, net)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "eigenfunc"):
+            steps.close()
+        (said,) = caplog.records
+        assert said.levelname == level
+        assert ("bought no look" in said.getMessage()) == (every is None)

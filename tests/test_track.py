@@ -158,14 +158,19 @@ def test_other_matrices_and_both_ends() -> None:
 
 
 @pytest.mark.parametrize(("tol", "most"), [(1e-3, 0.65), (1e-5, 0.75)])
-def test_warm_starts_save_products(tol: float, most: float) -> None:
-    """On digits, tanh, SGD with rate 0.01; cold starts take 21 and 27 products to solve."""
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_warm_starts_save_products_and_warm_blocks_passes(seed: int, tol: float, most: float) -> None:
+    """On digits, tanh, SGD with rate 0.01; cold starts take some 21 and 27 products to solve.
+
+    Passes of a warm block are against those of a cold start as it is by default, with single vectors, with and without
+    the certificate. Against a cold block they are 0.36 to 0.71.
+    """
     images, labels = demo.digits()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         net = demo.network("mlp")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
 
     def train(steps: int) -> None:
         for index in torch.randint(1797, (steps, 64), generator=g):
@@ -173,11 +178,12 @@ def test_warm_starts_save_products(tol: float, most: float) -> None:
             cross_entropy(net(images[index]), labels[index]).backward()
             optimizer.step()
 
-    def solving(tracking: Tracking, state: Any) -> int:
+    def solving(tracking: Tracking, state: Any) -> tuple[int, int]:
+        """Products without the certificate, passes with it."""
         record = tracking.update(state, net, 1, "look")[1]
         assert record is not None
         assert record.certified
-        return record.matvecs - record.verification
+        return record.matvecs - record.verification, record.passes
 
     train(300)
     loss, _ = functional_loss(net, cross_entropy)
@@ -187,11 +193,13 @@ def test_warm_starts_save_products(tol: float, most: float) -> None:
     before = {t: t.update(t.init(), net, 0, "look")[0] for t in (single, block)}
     for gap in (1, 9, 90):
         train(gap)
-        cold, warm = (solving(single, state) for state in (single.init(), before[single]))
+        (cold, whole), (warm, _) = (solving(single, state) for state in (single.init(), before[single]))
         assert warm <= cold + 1
         if gap == 1:
             assert warm <= most * cold
-            assert solving(block, before[block]) / 5 <= 0.45 * cold  # passes
+            products, passes = solving(block, before[block])
+            assert products / 5 <= 0.45 * cold
+            assert passes <= 0.45 * whole
 
 
 def network(kind: str) -> nn.Module:
