@@ -36,7 +36,6 @@ from eigenfunc import (
 )
 from eigenfunc.distributed.parallel import Stop, data_parallel
 from eigenfunc.errors import EigenfuncError
-from eigenfunc.layers import blocks
 from eigenfunc.stochastic.density import spectral_density
 from eigenfunc.stochastic.diagonal import diagonal
 from eigenfunc.stochastic.trace import frobenius_norm, trace
@@ -196,15 +195,13 @@ def estimated(rank: int, size: int) -> dict[str, Any]:
     loss, params = functional_loss(model, nn.CrossEntropyLoss())
     shards = SHARDS[size][0]
     begin = sum(shards[:rank])
-    mine = batches(inputs, targets, begin, begin + shards[rank])
-    A = data_parallel(hessian, loss, params, mine)
+    A = data_parallel(hessian, loss, params, batches(inputs, targets, begin, begin + shards[rank]))
     whole = hessian(loss, params, batches(inputs, targets, 0, COUNT))
-    first = next(iter(blocks(loss, params, batches(inputs, targets, 0, COUNT)).values()))
     return {
         "together": estimates(A),
         "alone": estimates(whole),
         "layer": estimates(next(iter(A.blocks().values()))),
-        "layer alone": estimates(first),
+        "layer alone": estimates(next(iter(whole.blocks().values()))),
         "unseeded": _said(lambda: trace(A, num_matvecs=16)),
     }
 
