@@ -1,8 +1,9 @@
 """A compiled Lanczos step beside an eager one, one thread: `python -m benchmarks.compiled`.
 
 The matrix is diagonal, so that almost all the time is the step's own, in float32. Rounds of `lanczos` and `run` take
-turns after both are warm; the ratio is that of medians, and first runs, which compile, are given apart. Both make two
-passes over the basis; the eager step takes the terms of the recurrence off before, which the compiled one does not.
+turns after both are warm; the ratio is the median over rounds with its quartiles, and first runs, which compile, are
+given apart. Both make two passes over the basis; the eager step takes the terms of the recurrence off before, which the
+compiled one does not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.products import machine
+from benchmarks.products import machine, spread
 from eigenfunc import lanczos
 from eigenfunc.krylov import Tridiagonal, run
 
@@ -25,8 +26,8 @@ Solver = Callable[[Callable[[Tensor], Tensor], Tensor, int], Tridiagonal]
 
 
 class Outcome(NamedTuple):
-    eager: float  # seconds a step
-    compiled: float
+    eager: list[float]  # seconds a step, one entry a round
+    compiled: list[float]
     first: float  # seconds of the run that compiles
     apart: float  # largest difference of the two results, relative
 
@@ -48,16 +49,15 @@ def measure(n: int, num_steps: int, rounds: int, progress: tqdm[None]) -> Outcom
         for solver, taken in seconds.items():
             taken.append(clocked(solver, values, num_steps)[0] / num_steps)
         progress.update()
-    return Outcome(statistics.median(seconds[lanczos]), statistics.median(seconds[run]), first, apart)
+    return Outcome(seconds[lanczos], seconds[run], first, apart)
 
 
 def table(results: dict[int, Outcome]) -> str:
     lines = ["| n | eager step | compiled step | ratio | first run | apart |", "|---" * 6 + "|"]
     for n, (eager, compiled, first, apart) in results.items():
-        lines.append(
-            f"| {n:,} | {1e6 * eager:,.0f} µs | {1e6 * compiled:,.0f} µs | {eager / compiled:.2f} | {first:.1f} s | "
-            f"{apart:.0e} |"
-        )
+        slow, fast = (1e6 * statistics.median(x) for x in (eager, compiled))
+        ratio = spread([x / y for x, y in zip(eager, compiled, strict=True)])
+        lines.append(f"| {n:,} | {slow:,.0f} µs | {fast:,.0f} µs | {ratio} | {first:.1f} s | {apart:.0e} |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ vectors are independent, and no eigenvalue is missed. Each library runs with the
 right: the others' Lanczos steps, basis sizes and tolerances are chosen for them with knowledge of the spectrum, and
 all Lanczos methods start from one vector. What fails on fused attention runs again under the MATH one. In each round
 all right libraries run once, in shuffled order from the second round on; the first is made up of the runs that proved
-right. Figures are medians. Peers: `pip install -e '.[bench]'`.
+right. Figures are medians [quartiles]. Peers: `pip install -e '.[bench]'`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.libraries import LIBRARIES, OURS, Answer, Projected, Settings, start_vector
 from benchmarks.models import Problem, loss_of, math_attention, problem
-from benchmarks.products import machine
+from benchmarks.products import machine, spread
 from eigenfunc.krylov import lanczos as kernel
 
 NAMES = ("MLP", "ResNet", "ResNet, eval mode, batch 8", "GPT")
@@ -178,7 +178,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
             verdict = f"raises: {outcome.failure[:90]}" + (f"; MATH: {verdict}" if outcome.helped else f"; {verdict}")
         seconds = ratio = "–"
         if outcome.seconds:
-            seconds, ratio = f"{statistics.median(outcome.seconds):.1f}", f"{over(outcomes, name):.2f}"
+            seconds, ratio = spread(outcome.seconds), f"{over(outcomes, name):.2f}"
         cells = [name, settings, str(outcome.products or "–"), seconds, residual, verdict, ratio]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -247,7 +247,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # PyHessian's backward(create_graph=True)
     with tqdm(total=len(args.models) * (len(LIBRARIES) + args.rounds)) as progress:
         results = {name: measure(made(name), args, progress) for name in args.models}
-    print(f"{machine()}; {args.rounds} rounds, medians; float32, k = {args.k}, LM, tol {args.tol:g}")
+    print(f"{machine()}; {args.rounds} rounds, medians [quartiles]; float32, k = {args.k}, LM, tol {args.tol:g}")
     for name, outcomes in results.items():
         print(f"\n{name}: {made(name).size:,} parameters", table(outcomes), summary(outcomes), sep="\n\n")
     if args.json:

@@ -98,10 +98,10 @@ def table(found: list[Outcome]) -> str:
             verdicts, apart = Counter(o.verdict for o in of), [o for o in of if o.separated]
             ended = {v: c for v, c in verdicts.items() if v.startswith(("refused", "crash"))}
             open_ = {v: c for v, c in verdicts.items() if v not in {"right", "WRONG", *ended}}
-            share = sum(o.verdict == "right" for o in apart) / len(apart) if apart else float("nan")
+            share = f"{sum(o.verdict == 'right' for o in apart) / len(apart):.2%}" if apart else "–"
             lines.append(
                 f"| {row} | {len(of)} | {verdicts['right']} | {verdicts['WRONG']} | {_told(open_)} | {_told(ended)} "
-                f"| {share:.2%} of {len(apart)} | {sum(o.seconds for o in of) / len(of):.3f} |"
+                f"| {share} of {len(apart)} | {sum(o.seconds for o in of) / len(of):.3f} |"
             )
     return "\n".join(lines)
 

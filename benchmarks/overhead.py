@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.models import Problem, problem
-from benchmarks.products import machine
+from benchmarks.products import machine, spread
 from eigenfunc import LinearOperator, Solution, eigsh, functional_loss, hessian, tree
 from eigenfunc.krylov import basis as vectors, lanczos
 
@@ -152,7 +152,7 @@ def table(results: dict[str, Outcome]) -> str:
         stats, steps = solution.stats, len(reads.present)
         lines.append(
             f"| {name} | {stats.matvecs} ({stats.verification}) | {statistics.median(outside):.0%} | "
-            f"{statistics.median(per_product):.2f} | {reads.rows / steps:.1f} | {sum(reads.present) / steps:.1f} | "
+            f"{spread(per_product)} | {reads.rows / steps:.1f} | {sum(reads.present) / steps:.1f} | "
             f"{reads.per_step:.2f} | {reads.orthogonality:.0e}, {stats.orthogonality:.0e} |"
         )
     return "\n".join(lines)
@@ -172,7 +172,9 @@ def main() -> None:
         results = {
             name: measure(p, args.k, args.which, args.tol, args.rounds, progress) for name, p in problems.items()
         }
-    print(f"{machine()}; {args.rounds} rounds, medians; float32, k = {args.k}, {args.which}, tol {args.tol:g}")
+    print(
+        f"{machine()}; {args.rounds} rounds, medians [quartiles]; float32, k = {args.k}, {args.which}, tol {args.tol:g}"
+    )
     print(", ".join(f"{name}: {p.size:,} parameters" for name, p in problems.items()), table(results), sep="\n\n")
 
 

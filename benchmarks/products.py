@@ -215,7 +215,8 @@ def measure(p: Problem, rounds: int, progress: tqdm[Any]) -> dict[str, Outcome]:
     return outcomes
 
 
-def _summary(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Median and quartiles."""
     if len(values) < 2:
         return f"{values[0]:.2f}"
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -233,11 +234,11 @@ def _cell(outcomes: dict[str, Outcome], name: str) -> str:
         return str(outcome.failure)
     if name == GRADIENT:
         return f"{1e3 * statistics.median(outcome.seconds):.1f} ms"
-    text = _summary(ratios(outcomes, name))
+    text = spread(ratios(outcomes, name))
     if outcome.helped:
         text = f"{outcome.failure}; MATH: {text}"
     if name == STREAMED_BLOCK:
-        text += f", {_summary(ratios(outcomes, name, STREAMED))} of singles"
+        text += f", {spread(ratios(outcomes, name, STREAMED))} of singles"
     return text + (", **wrong**" if (outcome.error or 0) > _WRONG else "")
 
 

@@ -3,8 +3,7 @@
 Two eigenpairs of a diagonal operator in float32, its outliers 1, 1/2, 1/3, … above a bulk, with 30 + 1 vectors in
 memory and on disk, each in a process of its own. Seconds are of the whole run over its products, verification
 included; memory is the peak resident set over what was resident with the operator made, and disk what the plan
-reserves at most. The largest run, n = 1e8, takes 18 GB of disk in the folder given by --folder. Writes
-docs/figures/scaling.png.
+reserves at most. The largest run, n = 1e8, takes 18 GB of disk in the folder given by --folder.
 """
 
 from __future__ import annotations
@@ -16,11 +15,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from eigenfunc import LinearOperator, aslinearoperator, eigsh
@@ -67,17 +64,8 @@ def measure(n: int, folder: str | None) -> Row:
 
 
 def measured(n: int, folder: str | None) -> Row:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "benchmarks.scaling",
-        "--measure",
-        str(n),
-        "--folder",
-        folder or "",
-    ]
+    words = ["-m", "benchmarks.scaling", "--measure", str(n), "--folder", folder or ""]
+    command = [sys.executable, "-W", "ignore", *words]
     return Row(*json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=dict(os.environ)).stdout))
 
 
@@ -94,32 +82,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    figure = Figure(figsize=(9, 3.8), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharex=True)
-    for place, colour in (("in memory", "#4477aa"), ("on disk", "#cc6677")):
-        own = [row for row in rows if row.place == place]
-        style: dict[str, Any] = {"color": colour, "marker": "o", "ms": 5, "lw": 1.6, "label": f"basis {place}"}
-        left.loglog([row.n for row in own], [row.seconds / row.matvecs for row in own], **style)
-        right.loglog([row.n for row in own], [row.peak / 2**30 for row in own], **style)
-    ends = [rows[0].n, rows[-1].n]
-    first = rows[-1].seconds / rows[-1].matvecs / rows[-1].n
-    left.loglog(ends, [first * n for n in ends], color="#999999", ls=":", lw=1, label="linear")
-    left.set_ylabel("seconds a product")
-    right.set_ylabel("peak memory beside the operator, GiB")
-    for axes in (left, right):
-        axes.set_xlabel("n")
-        axes.grid(color="#dddddd", lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.savefig(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on a disk with room for the largest basis")
     parser.add_argument("--largest", type=float, default=1e8, help="n to stop at")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw numbers")
     parser.add_argument("--measure", type=int, metavar="N", help="print the figures of one run in this process")
     args = parser.parse_args()
     if args.measure:
@@ -130,11 +97,10 @@ def main() -> None:
         if 4 * n * BASIS <= IN_MEMORY:
             rows.append(measured(n, None))
         rows.append(measured(n, args.folder))
-        tqdm.write(table(rows[-1:]))
+        tqdm.write(table(rows[-1:]), file=sys.stderr)
     print(table(rows))
-    path = Path(__file__).parent.parent / "docs" / "figures" / "scaling.png"
-    draw(rows, path)
-    print(f"wrote {path}")
+    if args.json:
+        args.json.write_text(json.dumps({"rows": [row._asdict() for row in rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

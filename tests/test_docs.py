@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from benchmarks.__main__ import BENCHMARKS, page
+from benchmarks.__main__ import run
+from benchmarks.report import BENCHMARKS, Benchmark, write
 from eigenfunc import cli
 from tests.zoo.thirdparty import quiet, torchvision_schemas
 
@@ -156,21 +158,40 @@ def test_docstrings_with_columns_become_definition_lists(monkeypatch: pytest.Mon
     assert re.sub(r"\n{3,}", "\n\n", markdown(text)) == wanted
 
 
-def test_benchmarks_become_a_page(tmp_path: Path) -> None:
+def test_benchmarks_become_a_page_whatever_becomes_of_them(tmp_path: Path) -> None:
+    common = {"quick": True, "machine": "a machine", "load": 0.0, "date": "2026-01-01", "seconds": 1.0}
+    failed = {"exit_code": 1, "ended": "exit code 1", "output": "words\n\n| a | b |\n|---|---|\n| 1 | 2 |"}
+    rows = [{"n": 10**i, "place": "in memory", "seconds": 1.0, "matvecs": 5, "peak": 2**20} for i in (3, 4)]
+    fine = {"exit_code": 0, "ended": "exit code 0", "output": "| c |\n|---|"}
     results = {
-        "fuzz": {
-            "command": "python -m benchmarks.fuzz_solver",
-            "quick": True,
-            "machine": "a machine",
-            "date": "2026-01-01",
-            "seconds": 1.0,
-            "exit_code": 1,
-            "output": "words\n\n| a | b |\n|---|---|\n| 1 | 2 |",
-        }
+        "fuzz": {"command": "python -m benchmarks.fuzz_solver", "numbers": None, **common, **failed},
+        "scaling": {"command": "python -m benchmarks.scaling", "numbers": {"rows": rows}, **common, **fine},
+        "density": {"command": "python -m benchmarks.density", "numbers": {"no": "figures"}, **common, **fine},
     }
+    write(results, tmp_path)
     path = tmp_path / "benchmarks.md"
-    path.write_text(page(results))
     assert [block.body for block in blocks(path)] == ["words\n"]
     assert "\n| 1 | 2 |\n" in path.read_text()
-    assert "**Failed** with exit code 1" in path.read_text()
+    assert "**Failed**: exit code 1." in path.read_text()
+    assert "](figures/benchmarks_scaling.png)" in path.read_text()
+    assert (tmp_path / "figures" / "benchmarks_scaling.png").stat().st_size > 1000
+    assert "*No figure: KeyError.*" in path.read_text()
     assert {importlib.util.find_spec(f"benchmarks.{each.module}") is None for each in BENCHMARKS.values()} == {False}
+
+
+def test_a_benchmark_that_fails_or_does_not_end_says_so_and_stops_nothing() -> None:
+    absent = run(Benchmark("", "no_such_module", "", ()), quick=True)
+    assert absent["exit_code"] == 1
+    assert "no_such_module" in absent["output"]
+    endless = run(Benchmark("", "fuzz_solver", "", ("--examples", "1000000000"), limit=0.5), quick=True)
+    assert (endless["exit_code"], endless["ended"]) == (124, "stopped after 0 s")
+
+
+def test_the_page_of_benchmarks_is_that_of_its_numbers(tmp_path: Path) -> None:
+    docs = ROOT / "docs"
+    write(json.loads((docs / "benchmarks.json").read_text()), tmp_path)
+    assert (tmp_path / "benchmarks.md").read_text() == (docs / "benchmarks.md").read_text(), (
+        "python -m benchmarks.report"
+    )
+    for figure in re.findall(r"\]\(figures/(\S+)\)", (docs / "benchmarks.md").read_text()):
+        assert (docs / "figures" / figure).exists()
