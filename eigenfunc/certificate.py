@@ -278,8 +278,8 @@ def seeded(seed: int | None) -> tuple[torch.Generator, int]:
     return generator.manual_seed(whole(seed, "seed", 0)), seed
 
 
-def unit_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
-    """b as a flat unit vector (1, n), and its length; zero where that is zero."""
+def binary_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
+    """b over a power of two, flat (1, n), without rounding, its largest entry in [1, 2); the power, 0 for b = 0."""
     tree.check_like(b, products.A.like, what)
     flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach()[None], b), products.A.like)
     largest = float(flat.abs().max())
@@ -287,9 +287,17 @@ def unit_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
         raise InputError(f"{what} holds NaN or infinity")
     if largest == 0:
         return flat, 0.0
-    flat = flat / largest
+    power = 2.0 ** (math.frexp(largest)[1] - 1)
+    return (flat.double() / power).to(flat.dtype), power
+
+
+def unit_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
+    """b as a flat unit vector (1, n), and its length; zero where that is zero."""
+    flat, power = binary_vector(products, b, what)
+    if power == 0:
+        return flat, 0.0
     length = float(tree.norm(flat))
-    return flat / length, length * largest
+    return flat / length, length * power
 
 
 def start_block(v0: Tree | None, block_size: int, products: Products, generator: torch.Generator) -> Tensor:

@@ -81,11 +81,13 @@ def funm_multiply(
                 state = kernel.step(state, products, j)
         flat = tree.combine(coefficients[None].to(start.device), tree.rows(state.basis, 0, len(coefficients)))
     value = tree.row(tree.unravel(flat * length, products.A.like), 0)
+    error = error if bool(tree.all_finite(value)) else math.inf
     result = FunctionProduct(value, error * length, error <= tol * size, products.matvecs)
     if throw and not result.converged:
         raise NotConverged(
             f"after {j} steps f(A) v, of length {size * length:.2g}, still changes by {change * length:.2g}, and "
-            f"rounding leaves {rounding * length:.2g} open: raise num_steps (now {num_steps}) or tol, or use float64",
+            f"rounding leaves {rounding * length:.2g} open: raise num_steps (now {num_steps}) or tol, or use float64"
+            + (", for the result is beyond the dtype of v" if math.isinf(error) else ""),
             result,
         )
     return result
@@ -105,7 +107,10 @@ def _look(state: kernel.State, f: Function, j: int, products: Products) -> tuple
     sensitivity = torch.stack([torch.where(torch.isfinite(m), m, 0.0).abs() for m in moved]).amax(0)
     largest = float((values.abs() * weights.abs()).max())
     rounding = float(torch.linalg.vector_norm(sensitivity * weights)) + 8 * products.eps * largest
-    return s @ (values * weights), rounding, alive == 0
+    coefficients = s @ (values * weights)
+    length = float(torch.linalg.vector_norm(coefficients))
+    narrowed = tree.coarsest_eps(products.A.like) * length  # to the leaves' dtype
+    return coefficients, rounding + narrowed, alive == 0
 
 
 def _defined(f: Function, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import tree
-from eigenfunc.certificate import Products, unit_vector, whole
+from eigenfunc.certificate import Products, binary_vector, whole
 from eigenfunc.errors import InputError, NotConverged
 from eigenfunc.krylov import conjugate, minres
 from eigenfunc.tree import Tree
@@ -83,29 +83,42 @@ def solve(
     products = Products(A)
     if shift:
         products = Products(products.A.shift(shift))
-    right, length = unit_vector(products, b, "b")
+    right, power = binary_vector(products, b, "b")
     with products.at_work():
-        if length == 0:
+        if power == 0:
             return LinearSolution(tree.zeros_like(b), 0.0, True, 0, "b is zero")
         x, residual, message = _refine(products, right, float(tol), spend, _METHODS[method])
+        shaped = tree.unravel(x.double() * (power / products.scale), products.A.like)
+        residual, message = _as_returned(products, right, shaped, x, power / products.scale, residual, message)
     converged = residual <= tol
-    shaped = tree.row(tree.unravel(x.double() * (length / products.scale), products.A.like), 0)
-    solution = LinearSolution(shaped, residual * length, converged, products.matvecs, message)
+    length = float(tree.norm(right)) * power
+    solution = LinearSolution(tree.row(shaped, 0), residual * length, converged, products.matvecs, message)
     if throw and not converged:
         raise NotConverged(f"residual {residual:.2g} ‖b‖ after {products.matvecs} products: {message}", solution)
     return solution
+
+
+def _as_returned(
+    products: Products, b: Tensor, shaped: Tree, x: Tensor, unit: float, residual: float, message: str
+) -> tuple[float, str]:
+    """The residual of what is returned, which differs from x · unit where that leaves the range of the leaves."""
+    given = (tree.ravel(shaped, products.A.like).double() / unit).to(x.dtype)
+    if torch.equal(given, tree.ravel(tree.unravel(x, products.A.like), products.A.like)):
+        return residual, message
+    left = float(tree.norm(b - products(given))) / float(tree.norm(b)) if bool(given.isfinite().all()) else math.inf
+    return left, f"residual {left:.2g} ‖b‖, x being out of the range of its dtype: scale b, or use a wider dtype"
 
 
 def _refine(
     products: Products, b: Tensor, tol: float, spend: int, run: Callable[..., _Outcome]
 ) -> tuple[Tensor, float, str]:
     """Solve, form the true residual, and solve for what is left while that helps."""
-    x, rest, size = torch.zeros_like(b), b, 1.0
+    x, rest, size, length = torch.zeros_like(b), b, 1.0, float(tree.norm(b))
     while True:
-        outcome = run(products, rest / size, 0.5 * tol / size, spend - 1)
-        trial = x + size * outcome.x
+        outcome = run(products, rest / (size * length), 0.5 * tol / size, spend - 1)
+        trial = x + size * length * outcome.x
         left = b - products(trial)
-        before, now = size, float(tree.norm(left))
+        before, now = size, float(tree.norm(left)) / length
         products.check_finite(math.isfinite(now))
         if now < before:
             x, rest, size = trial, left, now

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 
 from eigenfunc.eigsh import eigsh
+from eigenfunc.funm import funm_multiply
+from eigenfunc.operator import LinearOperator
+from eigenfunc.solve import solve
+from eigenfunc.stochastic.diagonal import diagonal
 
 
 def _diagonal_with_cut_pair(n: int, k: int, gap: float) -> Tensor:
@@ -35,3 +40,64 @@ def test_angles_know_of_the_next_pair_where_the_basis_holds_the_whole_space(
         vector = solution.vectors[rank].clone()
         vector[rank] = 0
         assert float(torch.linalg.vector_norm(vector)) <= claimed
+
+
+def _scaled(factor: Tensor, dtype: torch.dtype) -> LinearOperator:
+    """Multiplication by `factor` (n,), rounded to `dtype`."""
+    return LinearOperator(lambda v: (v.double() * factor).to(dtype), torch.zeros(len(factor), dtype=dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@example(dtype=torch.float16, size=1e-3, scale=1e3, seed=0)  # x is infinite
+@example(dtype=torch.float16, size=1e4, scale=1e-3, seed=0)  # x is subnormal
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    size=st.floats(1e-3, 1e3),
+    scale=st.floats(1e-2, 10),
+    seed=st.integers(0, 99),
+)
+def test_the_residual_of_a_system_is_that_of_the_solution_as_it_is_returned(
+    dtype: torch.dtype, size: float, scale: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    A = _scaled(size * torch.logspace(-1, 0, 6, dtype=torch.float64), dtype)
+    b = (scale * torch.randn(6, generator=g, dtype=torch.float64)).to(dtype)
+    solution = solve(A, b, tol=2e-2, throw=False)
+    true = float(torch.linalg.vector_norm(b.double() - A(solution.x).double()))
+    if solution.x.isfinite().all():
+        assert abs(true - solution.residual) <= 1e-6 * float(torch.linalg.vector_norm(b.double()))
+    else:
+        assert not solution.converged
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_error_of_a_function_product_takes_in_the_dtype_of_its_value(dtype: torch.dtype) -> None:
+    factor = torch.tensor([1, 2, -1, -3], dtype=torch.float64)
+    v = torch.tensor([1, 0.531, 0.3, 0.777]).to(dtype)
+    found = funm_multiply(_scaled(factor, dtype), lambda x: 1.1 * torch.sign(x), v, tol=1e-4, throw=False)
+    error = float(torch.linalg.vector_norm(found.value.double() - 1.1 * torch.sign(factor) * v.double()))
+    assert error <= found.error
+    assert found.converged is (dtype == torch.float32)
+
+
+@settings(max_examples=20, deadline=None)
+@given(dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 999))
+def test_an_exact_diagonal_is_within_the_rounding_of_its_products(dtype: torch.dtype, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(40, 40, generator=g, dtype=torch.float64))[0].to(dtype)
+    values = torch.randn(40, generator=g, dtype=torch.float64).to(dtype)
+    A = LinearOperator(lambda v: q @ (values * (q.mT @ v)), torch.zeros(40, dtype=dtype))
+    truth = ((q.double() * values.double()) @ q.double().mT).diagonal()
+    found = diagonal(A, num_matvecs=40, seed=0)
+    assert ((found.value - truth).abs() <= 2 * found.stderr).all()
+
+
+def test_an_entry_too_small_for_the_products_is_not_known_to_be_zero() -> None:
+    entries = torch.tensor([1e30, 1e-30, 1.0])
+    found = diagonal(torch.diag(entries), num_matvecs=3, seed=0)
+    assert ((found.value - entries.double()).abs() <= found.stderr).all()
+
+
+def test_a_function_product_beyond_its_dtype_has_not_converged() -> None:
+    found = funm_multiply(torch.diag(torch.tensor([100.0, 90.0])), torch.exp, torch.tensor([1.0, 0.0]), throw=False)
+    assert not found.converged

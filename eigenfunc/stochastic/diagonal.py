@@ -38,15 +38,17 @@ def diagonal(A: Any, *, num_matvecs: int, method: DiagonalMethod = "xdiag", seed
     products, count, generator, seed = begun(A, num_matvecs, least_of(method, _LEAST), seed)
     n = products.size
     with products.at_work():
-        dof = math.inf
+        dof, row = math.inf, torch.zeros((), dtype=torch.float64)
         if count == n:
-            value = _exact(products)
+            value, row = _exact(products)
             variance = torch.zeros_like(value)
         elif method == "hutchinson":
             value, variance, dof = *_regressed(products, count, generator), count - 1.0
         else:
             value, variance, dof = *_xdiag(products, count // 2, generator), count // 2 - 1.0
-        rounding = grain(products) * value.abs() + math.sqrt(n) * products.declared
+        # what scaling may have rounded to zero
+        least = 0.0 if products.scale == 1 else torch.finfo(products.dtype).tiny
+        rounding = grain(products) * value.abs().maximum(row.to(value)) + math.sqrt(n) * products.declared + least
         stderr = torch.hypot(torch.sqrt(variance), rounding)
 
     def shaped(flat: Tensor) -> Tree:
@@ -56,12 +58,14 @@ def diagonal(A: Any, *, num_matvecs: int, method: DiagonalMethod = "xdiag", seed
     return Estimate(shaped(value), shaped(stderr), dof, products.matvecs, seed)
 
 
-def _exact(products: Products) -> Tensor:
-    entries = []
+def _exact(products: Products) -> tuple[Tensor, Tensor]:
+    """The entries (n,), and the lengths of their rows, to which the rounding of a product is relative."""
+    entries, lengths = [], []
     for start, size in blocks(products.size, products):
         image = multiplied(products, units(start, size, products))
         entries.append(torch.diagonal(image[:, start : start + size]).double())
-    return torch.cat(entries)
+        lengths.append(tree.norms(image))
+    return torch.cat(entries), torch.cat(lengths)
 
 
 def _regressed(products: Products, count: int, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -53,14 +53,15 @@ def trace(A: Any, *, num_matvecs: int, method: TraceMethod = "xtrace", seed: int
 
 
 def _exact(products: Products, seed: int) -> Estimate[float]:
-    total, rounding = 0.0, 0.0
+    total, rounding, squares = 0.0, 0.0, 0.0
     for start, size in blocks(products.size, products):
         block = units(start, size, products)
         image = multiplied(products, block)
         entries = tree.dots(block, image)
         total += float(entries.sum())
         rounding += float(entries.abs().sum())
-    rounding = grain(products) * rounding + products.size * products.declared
+        squares += float((tree.norms(image) ** 2).sum())
+    rounding = grain(products) * (rounding + math.sqrt(squares)) + products.size * products.declared
     return concluded(products, total, 0.0, rounding, math.inf, seed)
 
 
