@@ -205,7 +205,7 @@ def seeded(seed: int | None) -> tuple[torch.Generator, int]:
 
 
 def binary_vector(products: Products, b: Tree, what: str) -> tuple[Tensor, float]:
-    """b over a power of two, flat (1, n), without rounding, the largest entry in [1, 2); and that power, 0 for b = 0."""
+    """b over a power of two, flat (1, n), largest entry in [1, 2), without rounding; and that power, 0 for b = 0."""
     tree.check_like(b, products.A.like, what)
     flat = tree.ravel(tree.tree_map(lambda leaf: leaf.detach()[None], b), products.A.like)
     largest = float(flat.abs().max())

@@ -109,7 +109,7 @@ def _look(state: kernel.State, f: Function, j: int, products: Products) -> tuple
     largest = float((values.abs() * weights.abs()).max())
     rounding = float(torch.linalg.vector_norm(sensitivity * weights)) + 8 * products.eps * largest
     coefficients = s @ (values * weights)
-    narrowed = tree.coarsest_eps(products.A.like) * float(torch.linalg.vector_norm(coefficients))  # to the leaves' dtype
+    narrowed = tree.coarsest_eps(products.A.like) * float(torch.linalg.vector_norm(coefficients))
     return coefficients, rounding + narrowed, alive == 0
 
 

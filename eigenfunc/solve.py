@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.certificate import Products, non_finite, binary_vector, whole
+from eigenfunc.certificate import Products, binary_vector, non_finite, whole
 from eigenfunc.errors import InputError, NonFiniteError, NotConverged
 from eigenfunc.krylov import conjugate, minres
 from eigenfunc.tree import Tree

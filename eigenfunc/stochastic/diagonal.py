@@ -51,7 +51,7 @@ def diagonal(A: Any, *, num_matvecs: int, method: DiagonalMethod = "xdiag", seed
             value, variance, dof = *_regressed(products, count, generator), count - 1.0
         else:
             value, variance, dof = *_xdiag(products, count // 2, generator), count // 2 - 1.0
-        least = 0.0 if products.scale == 1 else torch.finfo(products.dtype).tiny  # what scaling may have rounded to zero
+        least = 0.0 if products.scale == 1 else torch.finfo(products.dtype).tiny  # scaling rounds to zero
         rounding = grain(products) * value.abs().maximum(row.to(value)) + math.sqrt(n) * products.declared + least
         stderr = torch.hypot(torch.sqrt(variance), rounding)
 
