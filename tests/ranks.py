@@ -362,8 +362,7 @@ def pair(rank: int, size: int) -> dict[str, Any]:
 
 
 def four(rank: int, size: int) -> dict[str, Any]:
-    found = {"sums": sums(rank, size), "spread": spread(rank, size), "estimates": estimated(rank, size)}
-    return {**found, **solutions(rank, size)}
+    return {"sums": sums(rank, size), "spread": spread(rank, size), **solutions(rank, size)}
 
 
 def _long(rank: int, event: Callable[[], None]) -> None:

@@ -125,11 +125,11 @@ def test_layers_are_solved_over_all_of_the_data(all_ranks: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(("together", "alone"), [("together", "alone"), ("layer", "layer alone")])
-def test_estimates_are_those_of_one_process_on_all_ranks(all_ranks: list[Any], together: str, alone: str) -> None:
-    expected = all_ranks[0]["estimates"][alone]
-    for found in all_ranks:
+def test_estimates_are_those_of_one_process_on_all_ranks(pair: list[Any], together: str, alone: str) -> None:
+    expected = pair[0]["estimates"][alone]
+    for found in pair:
         for name, value in found["estimates"][together].items():
-            assert torch.equal(value, all_ranks[0]["estimates"][together][name]), name
+            assert torch.equal(value, pair[0]["estimates"][together][name]), name
             assert (value - expected[name]).abs().max() <= 1e-8 * expected[name].abs().max(), name
         assert found["estimates"]["unseeded"][0] == "DistributedError"
         assert "seed=" in found["estimates"]["unseeded"][1]
