@@ -5,17 +5,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eigenfunc import Batches, functional_loss
 from eigenfunc.curvature import ggn as module, likelihoods, losses
 from eigenfunc.curvature.ggn import ggn, ggnvp
+from eigenfunc.curvature.proof import prove
 from eigenfunc.curvature.sandwich import WAYS
 from eigenfunc.errors import DataError, InputError, ObjectiveError, ProductError, TreeError
 from tests.helpers import Params, assert_blocks_close, dense_ggn, flat, random_like, untouched
@@ -335,3 +338,31 @@ def test_a_large_vocabulary_takes_no_more_than_half_a_training_step_beside_it(mo
         allowed = 0.8 if way == "dual" else 1.5
         assert product.peak <= allowed * step.peak, (way, product.peak / step.peak)
         assert_blocks_close(found, truth, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "rows"),
+    [
+        (nn.MSELoss(), 4),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(CLASSES).double()), 4),
+        (partial(F.mse_loss, weight=SCORES.exp()), COUNT),  # which would not fit the first rows
+        (lambda out, y: F.mse_loss(out, y), COUNT),  # of which nothing is known
+    ],
+)
+def test_the_first_rows_bear_witness_for_a_known_likelihood_alone(
+    criterion: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def spied(f: Any, ways: Any, point: list[Tensor], *rest: Any) -> Any:
+        taken.append(len(point[0]))
+        return prove(f, ways, point, *rest)
+
+    monkeypatch.setattr(module, "CHUNK", 3 * CLASSES)
+    monkeypatch.setattr(module, "prove", spied)
+    objective, params = functional_loss(net(), criterion)
+    v, targets = random_like(params), SCORES.sigmoid()
+    assert_blocks_close(
+        ggn(objective, params, (X, targets))(v), of_model(net(), criterion, params, X, targets) @ flat(v), 1e-10
+    )
+    assert taken == [rows]

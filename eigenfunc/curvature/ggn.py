@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
-from eigenfunc.curvature.likelihoods import CHUNK, Tokens, likelihood
+from eigenfunc.curvature.likelihoods import CHUNK, likelihood
 from eigenfunc.curvature.losses import output_hessian
 from eigenfunc.curvature.mends import Seen
 from eigenfunc.curvature.products import HESSIAN, Product
@@ -103,13 +103,16 @@ def _of(criterion: Callable[[Any, Any], Tensor]) -> OutputMap:
 def _confirm(criterion: Callable[[Any, Any], Tensor], outputs: Tree, targets: Any, seen: Seen) -> None:
     """Prove the output map against derivatives of the criterion, as a Hessian of its own.
 
-    Of a cross-entropy with many logits the first rows bear witness for all, because its derivatives take several times
-    the memory of a training step. Raises `ObjectiveError` for a criterion that draws random numbers.
+    Of a likelihood with many outputs, whose closed form treats rows alike, the first rows bear witness for all, because
+    its derivatives take several times the memory of a training step. Raises `ObjectiveError` for a criterion that draws
+    random numbers.
     """
-    known = likelihood(criterion, outputs, targets)
-    if isinstance(known, Tokens) and outputs.ndim > 1 and outputs.numel() > 2 * CHUNK:
+    if isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.numel() > 2 * CHUNK:
         count = CHUNK // outputs[0].numel() + 1  # more than are handled at once
-        outputs, targets = outputs[:count], targets[:count]
+        if likelihood(criterion, outputs, targets) is not None:
+            few = outputs[:count], targets[:count]
+            if likelihood(criterion, *few) is not None:  # not where weights of all rows would no longer fit
+                outputs, targets = few
     zs, whole = floating(outputs)
     scope.reseed(0, zs[0].device)
     criterion(outputs, fresh(targets))
