@@ -12,6 +12,7 @@ from eigenfunc.funm import funm_multiply
 from eigenfunc.operator import LinearOperator
 from eigenfunc.solve import solve
 from eigenfunc.stochastic.diagonal import diagonal
+from eigenfunc.testing.problems import Problem
 
 
 def _diagonal_with_cut_pair(n: int, k: int, gap: float) -> Tensor:
@@ -101,3 +102,13 @@ def test_an_entry_too_small_for_the_products_is_not_known_to_be_zero() -> None:
 def test_a_function_product_beyond_its_dtype_has_not_converged() -> None:
     found = funm_multiply(torch.diag(torch.tensor([100.0, 90.0])), torch.exp, torch.tensor([1.0, 0.0]), throw=False)
     assert not found.converged
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vectors_of_a_coarse_basis_are_orthonormal_when_they_are_certified(seed: int) -> None:
+    problem = Problem("identity", 108, seed=565309 + seed, scale=-1.0, dense=True)
+    start = problem.start("eigenvector", (5, 1), "BE")
+    options = {"v0": start, "basis_dtype": torch.bfloat16, "seed": 637154 + seed, "tol": 0.5}
+    solution = eigsh(problem.operator(), (5, 1), which="BE", **options)
+    assert solution.stats.orthogonality <= 32 * torch.finfo(torch.float64).eps
+    assert ((solution.values + 1).abs() <= solution.bounds).all()
