@@ -1,7 +1,7 @@
 """Healthy and faulty training runs, with what monitors would see recorded at every step.
 
-A step: the batch is drawn, its loss and gradient are measured, λ₁ is looked at every fifth time, the optimiser moves.
-All that is recorded under step t is known before the loss of step t + 1 is.
+A step: the batch is drawn, its loss and gradient are measured, the library's tracker is told and looks at λ₁ every
+fifth time, the optimiser moves. All that is recorded under step t is known before that step is taken.
 """
 
 from __future__ import annotations
@@ -11,24 +11,21 @@ import random
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.science.setting import Json, Problem, cached, curvature, drawn, first, random_vector, slope, top
-from eigenfunc.alerts import stability_limit
-from eigenfunc.preconditioners import adam_preconditioner
+from benchmarks.science.setting import Json, Problem, cached, drawn, first, slope
+from eigenfunc import hessian
+from eigenfunc.track import SpectrumTracker
 
 NET = Problem((64, 32, 32, 10), "tanh", "ce")
 STEPS, EVERY, SAMPLES, PROBE = 200, 5, 1000, 256
 OPTIMISERS = {"SGD": (0.01, 0.2), "momentum": (0.003, 0.06), "Adam": (3e-4, 6e-3)}  # ranges of the base rate
-LIMITS = {  # λ₁ · rate at which a quadratic is just stable
-    "SGD": stability_limit(1.0),
-    "momentum": stability_limit(1.0, 0.9),
-    "Adam": stability_limit(1.0, 0.9, dampening=0.9),
-}
 HARMLESS = ("constant", "warm-up", "warm-up in one jump", "decay", "cosine with a restart", "jump by 1.5 or 2")
 DATA = ("labels shuffled", "inputs times 10", "one batch repeated", "weight decay 1")
 FACTORS = (10, 30, 100)
@@ -52,13 +49,13 @@ class Run:
 def planned(fresh: bool = False) -> list[Run]:
     """The same list at each call: healthy ones, jumps of the rate, and faults in the data; `fresh` ones, without the
     latter, are others of the same law, on which nothing is tuned."""
-    draw = random.Random(int(fresh))
+    draw = random.Random(3 * fresh)
     found: list[Run] = []
 
     def add(kind: str, optimiser: str, factor: float) -> None:
         low, high = OPTIMISERS[optimiser]
         rate = math.exp(draw.uniform(math.log(low), math.log(high)))
-        batch, at, seed = draw.choice((16, 64, 256)), draw.randrange(60, 140), len(found) + 1000 * fresh
+        batch, at, seed = draw.choice((16, 64, 256)), draw.randrange(60, 140), len(found) + 3000 * fresh
         found.append(Run(optimiser, rate, batch, kind, factor, at, seed))
 
     for optimiser in OPTIMISERS:
@@ -110,49 +107,51 @@ def batch_at(run: Run, step: int, fresh: tuple[Tensor, Tensor], kept: tuple[Tens
     return kept if run.kind == "one batch repeated" else fresh
 
 
-def record(run: Run) -> Json:
-    """The raw series of a run. `held` is the loss on 256 fixed samples, `reach` Δᵀ P Δ of the update Δ."""
+def tracked(
+    run: Run, optimiser: torch.optim.Optimizer, probe: tuple[Tensor, Tensor], **options: Any
+) -> SpectrumTracker:
+    """The library's tracker, with a look every fifth step at one pair."""
+    matrix = partial(hessian, product="graph", check=False)  # a network whose products are known to be right
+    return SpectrumTracker(
+        NET, probe, k=1, every=EVERY, trace_matvecs=0, optimizer=optimiser, matrix=matrix, seed=run.seed, **options
+    )
+
+
+def record(run: Run, **options: Any) -> Json:
+    """The raw series of a run: all that the tracker gives to its rules, and `held`, the loss on 256 fixed samples.
+
+    `looks` holds step, λ₁, its bound and whether it is certified; `alerts`, step and rule, is what the tracker said.
+    """
     data = first(SAMPLES)
     probe = (data[0][:PROBE], data[1][:PROBE])
     w = NET.start(run.seed).requires_grad_()
     optimiser = optimiser_of(run, w)
+    tracker = tracked(run, optimiser, probe, **options)
     batches = drawn(data, run.batch, run.seed)
-    series: dict[str, list[float]] = {
-        k: [] for k in ("loss", "held", "grad", "rate", "top", "residual", "reach", "batch")
-    }
-    v, kept = random_vector(w, run.seed), next(batches)
-    scale = torch.ones_like(w)
+    series: dict[str, list[Any]] = {k: [] for k in ("loss", "held", "grad", "rate", "limit", "stride", "batch")}
+    kept = next(batches)
     for step in range(STEPS):
         fed = batch_at(run, step, next(batches), kept)
-        rate = run.rate * rate_at(run, step)
         with torch.no_grad():
             held = float(NET(w, probe))
         value, g = slope(NET, w, fed)
         if run.kind == "weight decay 1" and step >= run.at:
             g = g + w.detach()
-        if step % EVERY == 0 and math.isfinite(held):
-            A = curvature(NET, w, probe)
-            if run.optimiser == "Adam" and step:
-                scale = adam_preconditioner(optimiser, w)
-            found = top(A.precondition(scale) if run.optimiser == "Adam" else A, v, 4 if step else 12)
-            if math.isfinite(found.value) and found.value != 0:  # as it is where all units are saturated
-                v = found.vector
-        before = w.detach().clone()
         w.grad = g
-        optimiser.param_groups[0]["lr"] = rate
-        optimiser.step()
-        moved = w.detach() - before
-        seen = {
-            "loss": value, "held": held, "grad": float(g.norm()), "rate": rate, "residual": found.residual,
-            "top": found.value if step or run.optimiser != "Adam" else math.nan,
-            "reach": float((scale * moved * moved).sum()),
-            "batch": zlib.crc32(fed[0].numpy().tobytes()),
-        }  # fmt: skip
-        for name, number in seen.items():
+        optimiser.param_groups[0]["lr"] = run.rate * rate_at(run, step)
+        tracker.observe(step, loss=value, grad_norm=g.norm(), batch=zlib.crc32(fed[0].numpy().tobytes()))
+        tracker(w.detach(), step)
+        seen = tracker.state.observations[-1]
+        series["held"].append(held)
+        for name, number in zip(("loss", "grad", "rate", "limit", "batch", "stride"), seen[1:], strict=True):
             series[name].append(number)
         if not math.isfinite(held):
             break
-    return {"run": asdict(run), **series}
+        optimiser.step()
+    looks = [
+        (r.step, r.values, r.bounds, r.residuals, r.certified, r.finite, r.status, r.matrix) for r in tracker.records
+    ]
+    return {"run": asdict(run), "looks": looks, "alerts": [(x.step, x.rule) for x in tracker.alerts], **series}
 
 
 def runs(folder: Path | None, some: Iterable[Run] | None = None, progress: bool = False) -> list[Json]:

@@ -97,6 +97,25 @@ def figures(series: Json) -> dict[str, float | None]:
     }
 
 
+def starts(setting: Setting, seeds: int) -> Json:
+    """λ₁ over the limit of so many fresh networks."""
+    batch = first(setting.samples)
+    ratios = []
+    for seed in range(seeds):
+        w = setting.problem.start(seed)
+        ratios.append(top(curvature(setting.problem, w, batch), random_vector(w, seed), 12).value / setting.limit)
+    return {"ratios": ratios}
+
+
+def starts_words(told: Json) -> str:
+    ratios = told["ratios"]
+    below = sum(x < 0.5 for x in ratios)
+    return (
+        f"Of the seeds 0 to {len(ratios) - 1}, {below} of {len(ratios)} start below 0.5 at η = 0.2; "
+        f"median {statistics.median(ratios):.2f}, largest {max(ratios):.2f}."
+    )
+
+
 def runs(folder: Path | None, seeds: Iterable[int] = SEEDS) -> dict[str, list[Json]]:
     return {name: [cached(folder, "edge", run, s, seed) for seed in seeds] for name, s in SETTINGS.items()}
 

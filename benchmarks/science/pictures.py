@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.science import edge, rules
-from benchmarks.science.alarms import LIMITS
 from benchmarks.science.setting import Json
 from eigenfunc import plot
 from eigenfunc.canvas import DOWN, GRID, OPEN, UP
@@ -83,7 +82,7 @@ def _bars(outcomes: Json, ax: Any) -> None:
         shares = [outcomes[name][key][0] / outcomes[name][key][1] for name in names]
         ax.barh([y + shift for y in range(len(names))], shares, 0.38, color=colour, label=label)
     ax.axvline(0.07, color="black", lw=0.8, ls=":", label="7%")
-    ax.set_yticks(range(len(names)), [name.replace("`", "") for name in names], fontsize=8)
+    ax.set_yticks(range(len(names)), [name.replace("`", "").replace("*", "") for name in names], fontsize=8)
     ax.set(xlim=(0, 1), xlabel="share of runs")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
 
@@ -106,7 +105,7 @@ def alarms(records: Sequence[Json], outcomes: Json, path: Path) -> None:
     above.set_title(f"{run['optimiser']}, rate {run['rate']:.3f}, times 10 at step {at}", fontsize=9)
     below.plot(span, [rules.ratio(example)[t] for t in span], color=UP, lw=1.3)
     below.axhline(1, color="black", ls="--", lw=1)
-    below.set(xlabel="step", ylabel=f"λ₁ · rate / {LIMITS[run['optimiser']]:g}")
+    below.set(xlabel="step", ylabel="λ₁ over its limit")
     for ax in (above, below):
         ax.axvline(at, color=OPEN, lw=1, ls=":", label="the rate changes")
         ax.axvline(end, color=DOWN, lw=1, ls="--", label="the loss has doubled")

@@ -189,12 +189,14 @@ def blocks(told: Json) -> dict[str, str]:
     """All generated parts of the page, by name."""
     return {
         "edge": edge.table(told["edge"]),
+        "starts": edge.starts_words(told["starts"]),
         "counts": counts(told["outliers"]),
         "late": late(told["outliers"]),
         "shares": shares(told["outliers"]),
         "norms": norms(told["outliers"]),
         "bulk": bulk_words(told["bulk"]),
         "runs": runs(told["runs"]),
+        "fresh runs": runs(told["fresh runs"]),
         "alarms": alarms(told["alarms"]),
         "fresh": confirmed(told["fresh"]),
         "kinds": kinds(told["alarms"]),
