@@ -70,6 +70,8 @@ def main() -> None:
             f"budget {share:.0%}: overhead {tracker.overhead:.2%}, looks at {looks}, {glances} glances, "
             f"weights {'bitwise the same' if same else 'DIFFERENT'}"
         )
+        if not looks:
+            print(f"  {tracker.summary()}")
 
 
 if __name__ == "__main__":

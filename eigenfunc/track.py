@@ -161,12 +161,12 @@ class SpectrumTracker:
         needed = state.ledger.needed(now)
         if looks or not math.isfinite(needed):
             return told
-        wait = state.ledger.look / self.core.max_overhead
+        wait = (state.ledger.spent + state.ledger.look) / self.core.max_overhead
         return (
-            f"{told}. The budget has bought no look yet: one takes about {state.ledger.look:.2g} s, which {wait:.2g} s "
-            f"of training earn, and there were {state.ledger.training(now):.2g} s. The smallest budget that would have "
-            f"bought one is max_overhead={_up(needed):g}; look(params) takes one at once, a smaller sample as data "
-            "makes it cheaper"
+            f"{told}. The budget has bought no look yet: one takes about {state.ledger.look:.2g} s and comes after "
+            f"{wait:.2g} s of training, of which there were {state.ledger.training(now):.2g} s. The smallest budget "
+            f"that would have bought one is max_overhead={_up(needed):g}; look(params) takes one at once, a smaller "
+            "sample as data makes it cheaper"
         )
 
     @property

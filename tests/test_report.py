@@ -12,10 +12,11 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
+from eigenfunc import courses
 from eigenfunc.cli import main
 from eigenfunc.errors import FileError
 from eigenfunc.report import render, write_report
-from eigenfunc.runlog import bottom, certified, of_limit, read_run, top
+from eigenfunc.runlog import Run, bottom, certified, of_limit, read_run, top
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SVG = "{http://www.w3.org/2000/svg}"
@@ -270,3 +271,11 @@ def test_the_command_line_writes_the_page_and_tells_whether_looks_are_certified(
     (tmp_path / "good.html").unlink()
     (tmp_path / "good.html").mkdir()
     assert main(["report", str(good)]) == 2
+
+
+@pytest.mark.parametrize(("tops", "scale"), [((5.0, 4.0, 6.0), "linear"), ((0.01, 4.0, 60.0), "other")])
+def test_the_axis_is_logarithmic_for_the_largest_values_alone(tops: tuple[float, ...], scale: str) -> None:
+    records = [{"step": i, "values": [top, 1e-4], "bounds": [0.0, 0.0], "kind": "glance"} for i, top in enumerate(tops)]
+    drawn = courses.eigenvalues(Run(records, [], False))
+    assert drawn is not None
+    assert (drawn[0].get_yscale() == "linear") == (scale == "linear")

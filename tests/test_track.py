@@ -355,3 +355,22 @@ def test_the_picture_shows_values_limits_and_alerts() -> None:
     assert list(limit.get_ydata()) == pytest.approx([20, 20, 2 / 0.3, 2 / 0.3])
     with pytest.raises(InputError):
         plot.track([])
+
+
+def test_where_the_rate_rises_the_step_to_come_is_measured_anew() -> None:
+    """λ₁ = 9: at a rate of 0.2 a gradient of 1 makes ½ λ₁‖Δ‖² 0.18, and of 3 1.62, for a loss of 1."""
+
+    def alerts(gradient: float) -> list[str]:
+        x = nn.Parameter(START.clone())
+        optimizer = torch.optim.SGD([x], lr=0.1)
+        tracker = SpectrumTracker(quartic, DATA, k=1, every=100, optimizer=optimizer)
+        for step, (size, rate) in enumerate([(1.0, 0.1), (gradient, 0.1), (gradient, 0.2)]):
+            x.grad = torch.zeros_like(x)
+            x.grad[0] = size
+            optimizer.param_groups[0]["lr"] = rate
+            tracker({"x": x.detach()}, step)
+            tracker.observe(step, loss=1.0)
+        return [f"{alert.rule} at {alert.step}" for alert in tracker.alerts]
+
+    assert alerts(1.0) == []
+    assert alerts(3.0) == ["overshoot at 2"]
