@@ -67,7 +67,7 @@ def eigsh(
                 as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
     checkpoint  a file, or a `Checkpoint`, which says more of it: the run is saved there, and where the same call finds
                 the file it goes on from it, to the same result bit for bit
-    group       processes of torch.distributed, each of which calls this with the same arguments (but no checkpoint) and
+    group       processes of torch.distributed, each of which calls this with the same arguments and
                 the same operator, of `data_parallel` say, and keeps its part of the basis. A product gathers the whole
                 vector from them, an inner product is a sum over them; the seed is that of the first
     throw       raise `NotConverged`, which carries the solution, unless every pair converged

@@ -19,6 +19,8 @@ from eigenfunc.errors import DataError, InputError
 from eigenfunc.solution import Solution
 from eigenfunc.tree import Tree
 
+__all__ = ["Landscape", "landscape"]  # `losses_at` is for measures near a point
+
 
 class Landscape(NamedTuple):
     """The loss at θ + x u, or at θ + x u + y v, for eigenvectors u and v of unit length.

@@ -23,17 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eigenfunc import (
-    Batches,
-    LinearOperator,
-    eigsh,
-    eigsh_blocks,
-    fisher,
-    functional_loss,
-    ggn,
-    hessian,
-    tree,
-)
+from eigenfunc import Batches, LinearOperator, eigsh, eigsh_blocks, fisher, functional_loss, ggn, hessian, tree
 from eigenfunc.distributed.parallel import Stop, data_parallel
 from eigenfunc.errors import EigenfuncError
 from eigenfunc.stochastic.density import spectral_density

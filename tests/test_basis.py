@@ -53,7 +53,7 @@ def test_a_block_takes_its_products_together() -> None:
 
     solution = eigsh(LinearOperator(lambda v: values * v, values, block), 4, which="LA", seed=0, block_size=6)
     assert solution.success
-    assert sizes[0] == 6
+    assert sizes[0] == 6 + 1  # the vector that calibrates goes along
     assert solution.stats.passes < solution.stats.matvecs / 2
 
 
