@@ -79,7 +79,7 @@ def test_any_budget_gives_the_same_matrix_and_is_kept_to(budget: int) -> None:
 def test_some_graphs_are_kept_only_if_the_batches_keep_their_order() -> None:
     loss = Counted()
     whole = hessian(loss, loss.params, Batches(cut((X, Y), [4, 4, 4])))
-    one = int(float(whole.describe().split("kept (")[1].split(" ")[0]) * 1024 / 3 * 1.02)
+    one = whole.kept_bytes() // 2  # of three graphs: for one and not for two
     ordered = hessian(loss, loss.params, DataLoader(TensorDataset(X, Y), batch_size=4), cache=one)
     shuffled = hessian(loss, loss.params, DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True), cache=one)
     assert "graphs of all batches kept" in whole.describe()
