@@ -228,9 +228,8 @@ def repeated_batch(history: History, *, times: int = 3) -> Alert | None:
 RULES: tuple[Rule, ...] = (
     stability,
     overshoot,
-    partial(
-        jump, floor=0.2
-    ),  # at least 3.3 times: after a change of the rate λ₁ settles elsewhere, and no harm is done
+    # 3.3 times at least: after a change of the rate λ₁ settles elsewhere, and no harm is done
+    partial(jump, floor=0.2),
     partial(jump, of="loss", window=50, least=20),
     partial(jump, of="grad_norm", window=50, least=20),
     negative_curvature,

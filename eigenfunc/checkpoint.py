@@ -69,8 +69,8 @@ class Checkpoint:
     `CheckpointError`. The folder may be one that all see, or one on each machine.
 
     It takes as much disk as the part of the basis that is in use and, during the proof, its chain; twice that while it
-    is replaced (`path` + ".partial" beside it); in memory one vector more, and for an operator
-    on an accelerator that much main memory during a save.
+    is replaced (`path` + ".partial" beside it); in memory one vector more, and for an operator on an accelerator that
+    much main memory during a save.
     """
 
     path: str | os.PathLike[str]

@@ -75,7 +75,7 @@ def sharpness(
 ) -> Tensor:
     """The largest eigenvalue () float64 of the Hessian of `loss(params, batch)`: see `top_eigenpairs`.
 
-    Its gradient evaluates the loss once more, in the time of two to four products, in memory that does not depend on
+    Its gradient evaluates the loss once more, in the time of three to five products, in memory that does not depend on
     `num_steps`. For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many subgradients.
 
     Under `torch.compile(fullgraph=True)` too, with first derivatives, by the batch and by what the loss closes over

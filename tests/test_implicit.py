@@ -152,7 +152,7 @@ def test_the_gradient_of_sharpness_evaluates_the_loss_once_and_keeps_no_graph_of
     assert nodes(4) == nodes(16) < 20
 
 
-def test_the_gradient_of_sharpness_multiplies_no_more_than_four_products() -> None:
+def test_the_gradient_of_sharpness_multiplies_no_more_than_three_products() -> None:
     """By the counts of matrix multiplications and convolutions; the batch has a slope if asked for."""
 
     def convolved(p: Any, batch: Tensor) -> Tensor:
