@@ -6,6 +6,7 @@ from the iterations, so they cost a few products and no graph of the steps: see 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ def top_eigenpairs(
     _check(params, k, num_steps, v0)
     problem, theta = over(loss, params, batch, num_trips or 2 * num_steps)
     _check_derivatives(theta, 0)
-    fixed = [x.detach() for x in theta]
+    fixed = _detached(theta)
     found = _solve(problem, fixed, v0, k, num_steps)
     image = _constant(problem.products(fixed, found.vectors))
     residuals = tree.norms(tree.sub(image, weighted(found.values, found.vectors)))
@@ -75,8 +76,8 @@ def sharpness(
 ) -> Tensor:
     """The largest eigenvalue () float64 of the Hessian of `loss(params, batch)`: see `top_eigenpairs`.
 
-    Its gradient evaluates the loss once more, in the time of three to five products, in memory that does not depend on
-    `num_steps`. For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many subgradients.
+    Its gradient differentiates the loss once more, in the time of two to four products, in memory that does not
+    depend on `num_steps`. For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many subgradients.
 
     Under `torch.compile(fullgraph=True)` too, with first derivatives, by the batch and by what the loss closes over
     as well; second ones raise `TransformError`, or come out as NaN where they are asked for by `backward()`.
@@ -129,19 +130,41 @@ class _Found(NamedTuple):
 
 
 def _solve(problem: Problem, theta: Leaves, v0: Tree, k: int, num_steps: int) -> _Found:
-    """The k largest Ritz pairs of block Lanczos; the rows after a breakdown come last, below the spectrum."""
+    """The k largest Ritz pairs of block Lanczos. The first product shows whether the loss closes over what is being
+    differentiated; the steps after it take place below the transforms, where operations cost less."""
     start: Stack = [leaf.detach() for leaf in tree.leaves(v0)]
     if start[0].ndim == theta[0].ndim:
         start = tree.lifted(start)
-    b = start[0].shape[0]
     lengths = tree.norms(start)
     q, _, first = vectors.independent(start, 10 * tree.coarsest_eps(start) * lengths)
+    image = _constant(problem.products(theta, q))
+    m = len(q)
+
+    def steps(inputs: Leaves) -> tuple[Tensor, ...]:
+        first, q, image, theta = (
+            inputs[0],
+            list(inputs[1 : 1 + m]),
+            list(inputs[1 + m : 1 + 2 * m]),
+            inputs[1 + 2 * m :],
+        )
+        values, rows, held = _iterate(problem, theta, q, image, first, k, num_steps)
+        return values, held, *rows
+
+    inputs = first, *q, *image, *theta
+    apply: Any = _Settled.apply
+    values, held, *rows = steps(inputs) if torch.compiler.is_compiling() else apply(steps, *inputs)
+    return _Found(values, rows, held)
+
+
+def _iterate(problem: Problem, theta: Leaves, q: Stack, image: Stack, first: Tensor, k: int, num_steps: int) -> _Found:
+    """From the first block q, its image, and which of its rows count. The rows after a breakdown come last, below the
+    spectrum."""
+    b = first.shape[0]
     size = b * num_steps
-    product = _constant(problem.products(theta, q))
-    state = absorb(init(q, product, size + b), product, 0, b)
+    state = absorb(init(q, image, size + b), image, 0, b)
     state = state._replace(alive=torch.cat([first, state.alive[b:]]))
     for j in range(b, size, b):
-        state = step(state, lambda rows: _constant(problem.products(theta, rows)), j, b, b)
+        state = step(state, lambda rows: _detached(problem.products(theta, rows)), j, b, b)
     alive = state.alive[:size] > 0
     t = (state.t[:size, :size] + state.t[:size, :size].mT) / 2
     below = -4 * torch.linalg.matrix_norm(t) - 1
@@ -149,6 +172,24 @@ def _solve(problem: Problem, theta: Leaves, v0: Tree, k: int, num_steps: int) ->
     values, s = values.flip(0)[:k], s.flip(1)[:, :k]
     rows: Stack = tree.combine(s.mT, tree.rows(state.basis, 0, size))
     return _Found(values, rows, values > below / 2)
+
+
+def _detached(leaves: Leaves) -> Stack:
+    return [leaf.detach() for leaf in leaves]
+
+
+class _Settled(torch.autograd.Function):
+    """Steps on constants, which no derivative follows."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(steps: Callable[[Leaves], tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        return steps(inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
 
 
 class _Constant(torch.autograd.Function):
@@ -182,7 +223,7 @@ _CLOSED = (
 def _constant(image: Stack) -> Stack:
     """The image of detached tensors, detached; `TransformError` if torch.func follows it all the same."""
     if torch.compiler.is_compiling():
-        return [leaf.detach() for leaf in image]
+        return _detached(image)
     functorch: Any = torch._C._functorch
     for leaf in image:
         inner = leaf
@@ -191,4 +232,4 @@ def _constant(image: Stack) -> Stack:
                 raise TransformError(_CLOSED)
             inner = functorch.get_unwrapped(inner)
     apply: Any = _Constant.apply
-    return [leaf.detach() for leaf in apply(*image)]
+    return _detached(apply(*image))

@@ -14,6 +14,7 @@ from torch.func import grad
 from eigenfunc import functional_loss, hvp, sharpness, tree
 from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.thrice import Thrice
+from eigenfunc.perturbation import over
 from tests.helpers import ZERO, difference, normal, random_like, slope
 
 
@@ -82,6 +83,37 @@ def test_third_and_fourth_derivatives(name: str) -> None:
         fourth = difference(grad(second))
         assert close(grad(grad(second))(ZERO), fourth)
         assert close(slope(grad(second))(ZERO), fourth)
+
+
+MORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "pairwise distance": lambda x: mixed(F.pairwise_distance(rows(x)[:3], rows(x)[3:])),
+    "triplets": lambda x: F.triplet_margin_loss(rows(x)[:2], rows(x)[2:4], rows(x)[4:]),
+    "standard deviation and mean": lambda x: mixed(torch.std_mean(rows(x), 1)[0]),
+    "renorm": lambda x: mixed(torch.renorm(rows(x), 2, 0, 0.5)),
+    "eigenvalues": lambda x: mixed(torch.linalg.eigvalsh(definite(x))),
+    "attention": lambda x: mixed(F.scaled_dot_product_attention(*(rows(x).reshape(1, 1, 6, 4),) * 3, is_causal=True)),
+    "products of many": lambda x: mixed(rows(x).prod(1)) + mixed(rows(x).cumprod(1)),
+    "powers": lambda x: mixed(x.abs() ** x.flip(0)),
+    "entropy": lambda x: F.cross_entropy(
+        rows(x), torch.arange(6) % 4, torch.arange(1.0, 5).double(), label_smoothing=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS | MORE)
+def test_what_the_gradient_of_an_eigenvalue_pulls_back(name: str) -> None:
+    """Against differences of the quadratic form from plain double backward."""
+    f, x, rest = (FUNCTIONS | MORE)[name], 0.7 * normal(24, seed=1), torch.zeros(24).double()
+    v, a, way = normal(24, seed=2), normal(24, seed=3), normal(24, seed=4)
+
+    def form(t: Tensor) -> Tensor:
+        with mended():
+            return torch.autograd.functional.vhp(f, x + t * way, v)[1] @ a
+
+    problem, theta = over(lambda p, _: f(p), x, None, trips=1)
+    slope_of_x = problem.slopes(theta, [torch.stack([a, a + v])], [torch.stack([v, rest])], [True])[0]
+    assert slope_of_x is not None
+    assert close(slope_of_x @ way, difference(form))
 
 
 def test_norms_of_zero_have_slope_zero_and_other_orders_are_left_to_torch() -> None:
