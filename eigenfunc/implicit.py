@@ -77,7 +77,8 @@ def sharpness(
     """The largest eigenvalue () float64 of the Hessian of `loss(params, batch)`: see `top_eigenpairs`.
 
     Its gradient differentiates the loss once more, in the time of two to four products, in memory that does not
-    depend on `num_steps`. For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many subgradients.
+    depend on `num_steps`. For a multiple eigenvalue it is ⟨v, dH v⟩ with the v that was found, one of many
+    subgradients.
 
     Under `torch.compile(fullgraph=True)` too, with first derivatives, by the batch and by what the loss closes over
     as well; second ones raise `TransformError`, or come out as NaN where they are asked for by `backward()`.
