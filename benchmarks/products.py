@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.models import NAMES, Problem, exact, loss_of, math_attention, probe_vectors, problem, worst_block
@@ -265,6 +266,19 @@ def targets(results: dict[str, dict[str, Outcome]]) -> str:
     )
 
 
+def shared(p: Problem) -> float:
+    """Multiplications of one graph of the gradient and a block of products from it, over those of as many graphs with
+    one product each: what a block saves over streamed data where every multiplication takes as long."""
+    leaves, v = list(p.model.parameters()), [x[0] for x in probe_vectors(p, 1)]
+    with math_attention(p):
+        with FlopCounterMode(display=False) as graph:
+            slopes = torch.autograd.grad(loss_of(p, p.model), leaves, create_graph=True)
+        with FlopCounterMode(display=False) as product:
+            torch.autograd.grad(slopes, leaves, v)
+    one, each = graph.get_total_flops(), product.get_total_flops()
+    return (one + _PROBES * each) / (_PROBES * (one + each))
+
+
 def machine() -> str:
     info = Path("/proc/cpuinfo")
     named = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
@@ -287,7 +301,9 @@ def main() -> None:
         results = {name: measure(p, rounds, progress) for name, p in problems.items()}
     print(f"{machine()}; {rounds} rounds, medians [quartiles]; float32")
     print(", ".join(f"{name}: {p.size:,} parameters" for name, p in problems.items()), end="\n\n")
-    print(table(results), targets(results), sep="\n\n", end="\n\n")
+    print(table(results), targets(results), sep="\n\n")
+    shares = ", ".join(f"{shared(p):.2f} ({name})" for name, p in problems.items())
+    print(f"- a streamed block over singles, in multiplications: {shares}", end="\n\n")
     for name, outcomes in results.items():
         print(f"{name}: {outcomes[KEPT].description}")
         print("".join(f"  {way}: {o.failure}: {o.message[:200]}\n" for way, o in outcomes.items() if o.failure), end="")
