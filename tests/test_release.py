@@ -34,6 +34,13 @@ def test_an_import_is_quiet_and_loads_little_beyond_torch() -> None:
     assert not {name for name in own for part in SLOW_PARTS if f"{name}.".startswith(f"{part}.")}
 
 
+def test_dir_shows_what_is_public_and_all_of_it_is_there() -> None:
+    shown = "import eigenfunc as e, sys\nfor name in dir(e): getattr(e, name); sys.modules['shown ' + name] = e\n"
+    modules, names = set(MODULES), set(importlib.import_module("eigenfunc").__all__)
+    for code, wanted in ((shown, modules - {"testing"}), (f"import eigenfunc.testing\n{shown}", modules)):
+        assert {name[6:] for name in loaded(code) if name.startswith("shown ")} == names | wanted
+
+
 def public(module: ModuleType) -> set[str]:
     """What a reader takes for public: `__all__`, or what has no underscore and was defined there."""
     defined = {name for name, x in vars(module).items() if getattr(x, "__module__", None) == module.__name__}
