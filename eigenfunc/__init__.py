@@ -1,6 +1,6 @@
 """Eigenvalues, eigenvectors and spectra of the curvature of any PyTorch loss, from matrix-vector products alone."""
 
-from eigenfunc import callbacks, errors, landscape, plot
+from eigenfunc import alerts, callbacks, errors, landscape, plot
 from eigenfunc._version import __version__
 from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.compat import compute_hessian_eigenthings
@@ -109,7 +109,7 @@ __all__ = [
     "worst_sharpness",
 ]
 
-_MODULES = {"callbacks": callbacks, "errors": errors, "landscape": landscape, "plot": plot}
+_MODULES = {"alerts": alerts, "callbacks": callbacks, "errors": errors, "landscape": landscape, "plot": plot}
 
 
 def __dir__() -> list[str]:

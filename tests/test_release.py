@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 HEAVY = {"hypothesis", "matplotlib", "pandas", "safetensors", "scipy", "sklearn", "transformers", "lightning"}
 SLOW_PARTS = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.export", "torch.onnx"}
 # What README, pages and examples take from a module of its own, not from `eigenfunc`.
-MODULES = ("callbacks", "errors", "landscape", "plot", "testing")
+MODULES = ("alerts", "callbacks", "errors", "landscape", "plot", "testing")
 
 
 def loaded(code: str) -> set[str]:
