@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import storage, tree
-from eigenfunc.certificate import whole
+from eigenfunc.certificate import check_tolerance, whole
 from eigenfunc.errors import BudgetError, InputError, StorageError
 from eigenfunc.operator import aslinearoperator
 from eigenfunc.storage import PIECE
@@ -172,8 +172,7 @@ def plan_for(
     wanted = top + bottom
     if not 1 <= wanted <= n:
         raise InputError(f"k = {k} eigenpairs of a matrix of size {n}: k must lie between 1 and n")
-    if not (isinstance(tol, (int, float)) and 0 < tol < 1):
-        raise InputError(f"tol must lie between 0 and 1 (it is relative to each eigenvalue), got {tol!r}")
+    check_tolerance(tol, "each eigenvalue")
     if block_size is None:
         block_size = _block_for(wanted, which, None if basis_size else block_ratio)
     block = min(whole(block_size, "block_size", 1), n)
