@@ -164,6 +164,8 @@ def pair(batch: Any, remedy: str) -> tuple[Any, Any]:
     """(inputs, targets); `ObjectiveError` with the remedy for anything that is not a pair."""
     if isinstance(batch, Mapping) or not hasattr(batch, "__len__") or isinstance(batch, Tensor) or len(batch) != 2:
         size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        if isinstance(batch, Tensor):
+            remedy = f"one batch alone goes into `Batches` as a list, Batches([(inputs, targets)]); {remedy}"
         raise ObjectiveError(
             f"with a criterion a batch must be a pair (inputs, targets), this one is a {type(batch).__name__}{size}; "
             f"{remedy}"

@@ -101,6 +101,7 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         """A short table: what it takes in memory, on disk, in products."""
         low, high = self.expected_matvecs
+        expected = str(low) if low == high else f"{low} to {high}"
         dtype = str(self.basis_dtype or self.dtype).removeprefix("torch.")
         place = "in memory" if self.basis_path is None else f"on disk in {self.basis_path}"
         block = "" if self.block_size == 1 else f", in blocks of {self.block_size}"
@@ -110,7 +111,7 @@ class Plan(NamedTuple):
             "at work": f"{tree.gibibytes(self.working_bytes)} at most, the end with its vectors included; a second "
             f"try at the proof, rarely due, up to {tree.gibibytes(self.retry_bytes)}",
             "kept": f"{tree.gibibytes(self.kept_bytes)} by the operator, graphs of the gradient",
-            "products": f"{low} to {high} as a rule{block}, {self.max_matvecs} at most beside those that verify",
+            "products": f"{expected} as a rule{block}, {self.max_matvecs} at most beside those that verify",
         }
         return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from eigenfunc import fisher, fishervp, functional_loss, ggn, ggnvp, hessian, hvp
+from eigenfunc import Batches, fisher, fishervp, functional_loss, ggn, ggnvp, hessian, hvp
 from eigenfunc.errors import InputError, ObjectiveError, TreeError
 from tests.helpers import assert_blocks_close, dense_hessian, flat, labelled, mlp, plain, random_like, untouched
 
@@ -222,6 +222,13 @@ def test_a_batch_that_is_no_pair_is_refused_with_the_remedy(batch: Any) -> None:
     loss, params = functional_loss(mlp(), CE)
     with pytest.raises(ObjectiveError, match="loss_fn="):
         hessian(loss, params, batch)
+
+
+def test_one_pair_in_batches_is_taken_for_two_batches_and_refused_with_the_remedy() -> None:
+    loss, params = functional_loss(mlp(), CE)
+    with pytest.raises(ObjectiveError, match=r"Batches\(\[\(inputs, targets\)\]\)"):
+        hessian(loss, params, Batches((X, Y)))
+    assert hessian(loss, params, Batches([(X, Y)])).size == hessian(loss, params, (X, Y)).size
 
 
 class Logits(SimpleNamespace, Mapping[str, Any]):
