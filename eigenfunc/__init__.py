@@ -1,5 +1,6 @@
 """Eigenvalues, eigenvectors and spectra of the curvature of any PyTorch loss, from matrix-vector products alone."""
 
+from eigenfunc import alerts, callbacks, errors, landscape, plot
 from eigenfunc._version import __version__
 from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.compat import compute_hessian_eigenthings
@@ -107,3 +108,10 @@ __all__ = [
     "trace_probes",
     "worst_sharpness",
 ]
+
+_MODULES = {"alerts": alerts, "callbacks": callbacks, "errors": errors, "landscape": landscape, "plot": plot}
+
+
+def __dir__() -> list[str]:
+    """What is public, `eigenfunc.testing` where it was imported: it needs an extra."""
+    return sorted([*__all__, *_MODULES, *({"testing"} & globals().keys())])

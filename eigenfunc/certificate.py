@@ -280,6 +280,17 @@ def whole(value: Any, what: str, least: int) -> int:
     return int(value.__index__())
 
 
+def positive(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise InputError(f"{what} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def check_tolerance(tol: Any, base: str) -> None:
+    if not (isinstance(tol, (int, float)) and 0 < tol < 1):
+        raise InputError(f"tol must lie between 0 and 1 (it is relative to {base}), got {tol!r}")
+
+
 def seeded(seed: int | None) -> tuple[torch.Generator, int]:
     """A CPU generator of its own, and the seed it starts from."""
     generator = torch.Generator()

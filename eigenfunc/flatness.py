@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eigenfunc import tree
-from eigenfunc.certificate import seeded, whole
+from eigenfunc.certificate import positive, seeded, whole
 from eigenfunc.curvature.ggn import ggn
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.curvature.products import Loss
 from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import InputError
-from eigenfunc.nearby import Ascent, Rises, average_sharpness, positive, worst_sharpness
+from eigenfunc.nearby import Ascent, Rises, average_sharpness, worst_sharpness
 from eigenfunc.solution import Solution
 from eigenfunc.stochastic.estimate import Estimate
 from eigenfunc.stochastic.functions import effective_dimension

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import tree
-from eigenfunc.certificate import Products, unit_vector, whole
+from eigenfunc.certificate import Products, check_tolerance, unit_vector, whole
 from eigenfunc.errors import InputError, NotConverged
 from eigenfunc.krylov import lanczos as kernel
 from eigenfunc.tree import Tree
@@ -57,8 +57,7 @@ def funm_multiply(
 
     V. Druskin and L. Knizhnerman, USSR Comput. Math. Math. Phys. 29 (1989); Y. Saad, SIAM J. Numer. Anal. 29 (1992).
     """
-    if not (isinstance(tol, (int, float)) and 0 < tol < 1):
-        raise InputError(f"tol must lie between 0 and 1 (it is relative to the length of f(A) v), got {tol!r}")
+    check_tolerance(tol, "the length of f(A) v")
     products = Products(A)
     most = min(whole(num_steps, "num_steps", 1), products.size)
     start, length = unit_vector(products, v, "v")

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.certificate import seeded, whole
+from eigenfunc.certificate import positive, seeded, whole
 from eigenfunc.curvature.products import Loss
 from eigenfunc.data import Reader, as_batches
 from eigenfunc.errors import DataError, InputError
@@ -256,9 +256,3 @@ def _inside(rises: Rises, offset: Tensor, rho: float) -> Tensor:
             break
         offset = offset * (rho / length * (1 - 2 * torch.finfo(rises.dtype).eps))
     return offset
-
-
-def positive(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise InputError(f"{what} must be a positive number, got {value!r}")
-    return float(value)

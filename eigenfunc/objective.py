@@ -71,7 +71,7 @@ class Objective:
             inputs, targets = pair(batch, "pass loss_fn=lambda model, batch: ... for anything else")
             criterion = self.criterion
             # inside, for a criterion may reach for the module's parameters, to penalise them say
-            loss: Tensor = self._apply(params, lambda module: criterion(module(inputs), targets))
+            loss: Tensor = self._apply(params, lambda module: judged(criterion, module(inputs), targets))
             return loss
         if not isinstance(batch, Mapping):
             raise ObjectiveError(
@@ -131,8 +131,23 @@ class Composition:
 
     def __call__(self, params: Any, batch: Any) -> Tensor:
         inputs, targets = pair(batch, AS_PAIRS)
-        loss: Tensor = self.parts.criterion(self.parts.predict(params, inputs), targets)
-        return loss
+        return judged(self.parts.criterion, self.parts.predict(params, inputs), targets)
+
+
+def judged(criterion: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> Tensor:
+    """criterion(outputs, targets); `ObjectiveError` where it fails on a model that returns more than one tensor."""
+    try:
+        return criterion(outputs, targets)
+    except (TypeError, AttributeError) as error:
+        if isinstance(outputs, Tensor):
+            raise
+        names = [*outputs] if isinstance(outputs, Mapping) else []
+        part = ".logits" if hasattr(outputs, "logits") else f"[{names[0]!r}]" if names else "[0]"
+        raise ObjectiveError(
+            f"the criterion does not take what the model returns, a {type(outputs).__name__} ({error}). Pick the "
+            f"logits: loss_fn=lambda model, batch: criterion(model(batch[0]){part}, batch[1]); or, as ggn and fisher "
+            f"need, give functional_loss a module whose forward returns model(inputs){part}"
+        ) from error
 
 
 AS_PAIRS = "have the data yield pairs, a dict of inputs and one of targets say"
@@ -149,6 +164,8 @@ def pair(batch: Any, remedy: str) -> tuple[Any, Any]:
     """(inputs, targets); `ObjectiveError` with the remedy for anything that is not a pair."""
     if isinstance(batch, Mapping) or not hasattr(batch, "__len__") or isinstance(batch, Tensor) or len(batch) != 2:
         size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        if isinstance(batch, Tensor):
+            remedy = f"one batch alone goes into `Batches` as a list, Batches([(inputs, targets)]); {remedy}"
         raise ObjectiveError(
             f"with a criterion a batch must be a pair (inputs, targets), this one is a {type(batch).__name__}{size}; "
             f"{remedy}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import storage, tree
-from eigenfunc.certificate import whole
+from eigenfunc.certificate import check_tolerance, whole
 from eigenfunc.errors import BudgetError, InputError, StorageError
 from eigenfunc.operator import aslinearoperator
 from eigenfunc.storage import PIECE
@@ -101,6 +101,7 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         """A short table: what it takes in memory, on disk, in products."""
         low, high = self.expected_matvecs
+        expected = str(low) if low == high else f"{low} to {high}"
         dtype = str(self.basis_dtype or self.dtype).removeprefix("torch.")
         place = "in memory" if self.basis_path is None else f"on disk in {self.basis_path}"
         block = "" if self.block_size == 1 else f", in blocks of {self.block_size}"
@@ -110,7 +111,7 @@ class Plan(NamedTuple):
             "at work": f"{tree.gibibytes(self.working_bytes)} at most, the end with its vectors included; a second "
             f"try at the proof, rarely due, up to {tree.gibibytes(self.retry_bytes)}",
             "kept": f"{tree.gibibytes(self.kept_bytes)} by the operator, graphs of the gradient",
-            "products": f"{low} to {high} as a rule{block}, {self.max_matvecs} at most beside those that verify",
+            "products": f"{expected} as a rule{block}, {self.max_matvecs} at most beside those that verify",
         }
         return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
@@ -172,8 +173,7 @@ def plan_for(
     wanted = top + bottom
     if not 1 <= wanted <= n:
         raise InputError(f"k = {k} eigenpairs of a matrix of size {n}: k must lie between 1 and n")
-    if not (isinstance(tol, (int, float)) and 0 < tol < 1):
-        raise InputError(f"tol must lie between 0 and 1 (it is relative to each eigenvalue), got {tol!r}")
+    check_tolerance(tol, "each eigenvalue")
     if block_size is None:
         block_size = _block_for(wanted, which, None if basis_size else block_ratio)
     block = min(whole(block_size, "block_size", 1), n)

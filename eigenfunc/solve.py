@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import tree
-from eigenfunc.certificate import Products, binary_vector, whole
+from eigenfunc.certificate import Products, binary_vector, check_tolerance, whole
 from eigenfunc.errors import InputError, NotConverged
 from eigenfunc.krylov import conjugate, minres
 from eigenfunc.tree import Tree
@@ -75,8 +75,7 @@ def solve(
     """
     if method not in _METHODS:
         raise InputError(f"method must be 'minres' or 'cg', got {method!r}")
-    if not (isinstance(tol, (int, float)) and 0 < tol < 1):
-        raise InputError(f"tol must lie between 0 and 1 (it is relative to the length of b), got {tol!r}")
+    check_tolerance(tol, "the length of b")
     if not math.isfinite(shift):
         raise InputError(f"shift must be finite, got {shift!r}")
     spend = whole(max_matvecs, "max_matvecs", 2)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import UserDict
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from eigenfunc import functional_loss, hessian
+from eigenfunc import Batches, fisher, fishervp, functional_loss, ggn, ggnvp, hessian, hvp
 from eigenfunc.errors import InputError, ObjectiveError, TreeError
 from tests.helpers import assert_blocks_close, dense_hessian, flat, labelled, mlp, plain, random_like, untouched
 
@@ -219,6 +222,78 @@ def test_a_batch_that_is_no_pair_is_refused_with_the_remedy(batch: Any) -> None:
     loss, params = functional_loss(mlp(), CE)
     with pytest.raises(ObjectiveError, match="loss_fn="):
         hessian(loss, params, batch)
+
+
+def test_one_pair_in_batches_is_taken_for_two_batches_and_refused_with_the_remedy() -> None:
+    loss, params = functional_loss(mlp(), CE)
+    with pytest.raises(ObjectiveError, match=r"Batches\(\[\(inputs, targets\)\]\)"):
+        hessian(loss, params, Batches((X, Y)))
+    assert hessian(loss, params, Batches([(X, Y)])).size == hessian(loss, params, (X, Y)).size
+
+
+class Logits(SimpleNamespace, Mapping[str, Any]):
+    """As models of transformers return them: attributes and keys."""
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
+
+    def __len__(self) -> int:
+        return len(vars(self))
+
+
+SEVERAL: dict[str, tuple[Any, str]] = {
+    "tuple": (lambda z, x: (z, x), "[0]"),
+    "list": (lambda z, x: [z, x], "[0]"),
+    "dict": (lambda z, x: {"scores": z, "x": x}, "['scores']"),
+    "output": (lambda z, x: Logits(loss=None, logits=z, x=x), ".logits"),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize(("criterion", "targets"), [(CE, Y), (F.cross_entropy, Y), (nn.MSELoss(), X[:, :3])])
+def test_a_criterion_on_more_than_logits_is_refused_with_the_line_that_does(
+    kind: str, criterion: Any, targets: Tensor
+) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x: Tensor) -> Any:
+            return SEVERAL[kind][0](self.body(x), x)
+
+    model, batch = Several(), (X, targets)
+    loss, params = functional_loss(model, criterion)
+    v = random_like(params)
+    for call in (
+        lambda: hessian(loss, params, batch),
+        lambda: hessian(loss, params, batch, check=False)(v),
+        lambda: hvp(loss, params, batch, v),
+        lambda: ggn(loss, params, batch),
+        lambda: fisher(loss, params, batch),
+    ):
+        with pytest.raises(ObjectiveError, match="does not take what the model returns") as refusal:
+            call()
+    for call in (lambda: ggn(loss, params, batch, check=False)(v), lambda: ggnvp(loss, params, batch, v)):
+        with pytest.raises(ObjectiveError, match=r"the model returns,? a"):
+            call()
+    with pytest.raises(ObjectiveError, match=r"the model returns a|and not of one tensor"):
+        fishervp(loss, params, batch, v)
+
+    line = re.search(r"loss_fn=(.*?); or", str(refusal.value))
+    assert line is not None
+    assert SEVERAL[kind][1] in line[1]
+    mended, _ = functional_loss(model, loss_fn=eval(line[1], {"criterion": criterion}))
+    assert_right(model, lambda m: criterion(m.body(X), targets), mended, params, batch)
+
+
+def test_a_mistake_within_a_criterion_of_one_tensor_comes_through() -> None:
+    loss, params = functional_loss(mlp(), lambda z, y: z.no_such_thing)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        hessian(loss, params, (X, Y))
 
 
 def test_a_model_all_frozen_is_refused() -> None:

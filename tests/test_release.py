@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 HEAVY = {"hypothesis", "matplotlib", "pandas", "safetensors", "scipy", "sklearn", "transformers", "lightning"}
 SLOW_PARTS = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.export", "torch.onnx"}
 # What README, pages and examples take from a module of its own, not from `eigenfunc`.
-MODULES = ("callbacks", "errors", "landscape", "plot", "testing")
+MODULES = ("alerts", "callbacks", "errors", "landscape", "plot", "testing")
 
 
 def loaded(code: str) -> set[str]:
@@ -32,6 +32,13 @@ def test_an_import_is_quiet_and_loads_little_beyond_torch() -> None:
     assert "eigenfunc.eigsh" in own
     assert not HEAVY & {name.partition(".")[0] for name in own}
     assert not {name for name in own for part in SLOW_PARTS if f"{name}.".startswith(f"{part}.")}
+
+
+def test_dir_shows_what_is_public_and_all_of_it_is_there() -> None:
+    shown = "import eigenfunc as e, sys\nfor name in dir(e): getattr(e, name); sys.modules['shown ' + name] = e\n"
+    modules, names = set(MODULES), set(importlib.import_module("eigenfunc").__all__)
+    for code, wanted in ((shown, modules - {"testing"}), (f"import eigenfunc.testing\n{shown}", modules)):
+        assert {name[6:] for name in loaded(code) if name.startswith("shown ")} == names | wanted
 
 
 def public(module: ModuleType) -> set[str]:

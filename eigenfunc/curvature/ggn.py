@@ -18,6 +18,7 @@ from eigenfunc.curvature.proof import prove
 from eigenfunc.curvature.sandwich import OutputMap, check_parts, floating, pure_product, sandwich
 from eigenfunc.data import fresh
 from eigenfunc.errors import ObjectiveError
+from eigenfunc.objective import judged
 from eigenfunc.operator import LinearOperator
 from eigenfunc.tree import Tree
 
@@ -94,7 +95,7 @@ def _of(criterion: Callable[[Any, Any], Tensor]) -> OutputMap:
         live, whole = floating(outputs)
         if isinstance(targets, Tensor) and len(live) == len(tree.leaves(outputs)):
             return output_hessian(criterion, outputs, targets, overwrite=True)
-        product = output_hessian(lambda zs, targets: criterion(whole(zs), fresh(targets)), live, targets)
+        product = output_hessian(lambda zs, targets: judged(criterion, whole(zs), fresh(targets)), live, targets)
         return lambda u: whole(product(floating(u)[0]))
 
     return output_map

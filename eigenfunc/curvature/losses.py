@@ -17,6 +17,7 @@ from eigenfunc.curvature.likelihoods import CHUNK, Entries, Noise, Tokens, level
 from eigenfunc.curvature.mends import Traceable, mended
 from eigenfunc.curvature.products import forward_ad, scalar
 from eigenfunc.errors import InputError, ObjectiveError
+from eigenfunc.objective import judged
 from eigenfunc.tree import Tree
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -90,9 +91,10 @@ def output_fisher(
     check_kind(kind, num_samples)
     known = likelihood(criterion, outputs, targets)
     if known is None:
+        of = "" if isinstance(outputs, Tensor) else f" of a {type(outputs).__name__}, and not of one tensor,"
         raise ObjectiveError(
-            f"{_named(criterion)} is not known to be the negative log-likelihood of a distribution, so that it has no "
-            "Fisher matrix; use CrossEntropyLoss, MSELoss, BCEWithLogitsLoss, PoissonNLLLoss or GaussianNLLLoss, "
+            f"{_named(criterion)}{of} is not known to be the negative log-likelihood of a distribution, so that it has "
+            "no Fisher matrix; use CrossEntropyLoss, MSELoss, BCEWithLogitsLoss, PoissonNLLLoss or GaussianNLLLoss, "
             "reduced by a mean or a sum, the functions of the same names, or functools.partial of one with keywords; "
             "ggn takes any loss"
         )
@@ -230,7 +232,7 @@ def _differentiated(criterion: Criterion, outputs: Tree, targets: Any) -> Map:
     refs, rebuild = tree.flatten(outputs)
 
     def slope(leaves: list[Tensor]) -> list[Tensor]:
-        return list(torch.func.grad(lambda leaves: scalar(criterion(rebuild(leaves), targets)))(leaves))
+        return list(torch.func.grad(lambda leaves: scalar(judged(criterion, rebuild(leaves), targets)))(leaves))
 
     def forward(u: list[Tensor]) -> list[Tensor]:
         return list(torch.func.jvp(slope, (refs,), (u,))[1])

@@ -77,7 +77,8 @@ def floating(outputs: Tree) -> tuple[list[Tensor], Callable[[Sequence[Any]], Tre
             kind = f"tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ObjectiveError(
                 f"the model returns a {kind}: outputs must be real tensors, or tuples, lists and dicts of them. Let "
-                "predict pick the tensors that the criterion needs (view_as_real for complex ones)"
+                "predict pick the tensors that the criterion needs (view_as_real for complex ones), by a module say "
+                "whose forward returns model(inputs).logits"
             )
     places = [i for i, leaf in enumerate(flat) if leaf.is_floating_point()]
     if not places:

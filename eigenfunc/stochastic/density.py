@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenfunc.certificate import positive
 from eigenfunc.errors import InputError
 from eigenfunc.krylov.quadrature import gauss
 from eigenfunc.stochastic import band
@@ -106,8 +107,8 @@ class Density:
         points. Raises `InputError` for a grid that does not rise or a width that is not positive.
         """
         for value, what in ((width, "width"), (threshold, "threshold")):
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise InputError(f"{what} must be a positive number, got {value!r}")
+            if value is not None:
+                positive(value, what)
         rules = self._rules()
         marks = [_axis(nodes, threshold) for nodes, _ in rules]
         carrying = marks[0][rules[0][1] > 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import runpy
 import subprocess
 import sys
@@ -32,12 +33,11 @@ def test_without_the_package_it_says_how_to_install_it(monkeypatch: pytest.Monke
         example()["main"]()
 
 
-def test_sentences_are_cut_in_halves() -> None:
-    first, second = example()["halves"](16)
-    assert len(first) == len(second) == len(set(first)) == 16
-    for one, other in zip(first, second, strict=True):
-        assert 10 <= len(one.split()) + len(other.split()) <= 30
-        assert "`" not in one + other
+def test_the_page_shows_the_program_as_it_is() -> None:
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "howto" / "pretrained.md").read_text(), re.DOTALL)
+    pieces = [piece for block in shown for piece in re.split(r"\n{2,}", block.strip())]
+    assert len(pieces) > 5
+    assert not [piece for piece in pieces if piece not in EXAMPLE.read_text()]
 
 
 @pytest.mark.zoo
