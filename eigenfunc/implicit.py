@@ -50,7 +50,7 @@ def top_eigenpairs(
 
     Within a cluster vectors are not functions of the matrix. Pairs closer than rounding can tell are left out of each
     other's derivative: that of a sum over the whole cluster (of values, or of v vᵀ) is right, that of a single vector
-    is the part that leaves the cluster. So take k such that no cluster is cut.
+    is the part that leaves the cluster. So take k such that no cluster is cut: derivatives of its vectors are NaN.
 
     Raises `TreeError` where `v0` does not match, `InputError` for counts out of range, `TransformError` where the loss
     closes over a tensor that torch.func differentiates by, inside two nested jvp, where torch would drop a tangent

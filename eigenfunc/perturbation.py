@@ -287,19 +287,24 @@ class _Complement(_Rule):
 
 
 def _conjugate_gradients(problem: Problem, values: Tensor, rows: Stack, theta: Stack, right: Stack) -> Stack:
-    """x_i ⟂ V with P (λ_i − H) x_i = P right_i, each row frozen once it is solved or its direction belongs to V's
-    cluster; positive definite for the largest λ. M. Hestenes and E. Stiefel, J. Res. Nat. Bur. Stand. 49 (1952)."""
+    """x_i ⟂ V with P (λ_i − H) x_i = P right_i, each row frozen once it is solved. For the largest λ the matrix is
+    positive definite: where it proves not to be, V cuts a cluster or misses a larger value, and the row is NaN. M.
+    Hestenes and E. Stiefel, J. Res. Nat. Bur. Stand. 49 (1952)."""
 
     def projected(y: Stack) -> Stack:
         return vectors.subtract(y, tree.gram(rows, y), rows)  # type: ignore[no-any-return]
 
     state = conjugate.init(projected(projected(right)))
-    done = (torch.finfo(state.r[0].dtype).eps) ** 2 * state.rr
-    floor = _resolution(values, rows)
+    squares, floor = tree.dots(right, right), _resolution(values, rows)
+    eps = torch.finfo(state.r[0].dtype).eps
+    valid = torch.ones_like(squares)
     for _ in range(problem.trips):
         image: Stack = tree.sub(weighted(values, state.p), problem.products(theta, state.p))
-        state = conjugate.step(state, projected(image), done, floor)
-    return projected(state.x)
+        unsolved = state.rr > eps * squares
+        state = conjugate.step(state, projected(image), eps**2 * squares, floor)
+        valid = torch.where(unsolved & (state.curvature <= floor), torch.nan, valid)
+    x: Stack = weighted(valid, projected(state.x))
+    return x
 
 
 def _resolution(values: Tensor, rows: Stack) -> Tensor:
