@@ -12,6 +12,7 @@ from eigenfunc.funm import funm_multiply
 from eigenfunc.operator import LinearOperator
 from eigenfunc.solve import solve
 from eigenfunc.stochastic.diagonal import diagonal
+from eigenfunc.stochastic.trace import frobenius_norm, trace
 from eigenfunc.testing.problems import Problem
 
 
@@ -112,3 +113,27 @@ def test_vectors_of_a_coarse_basis_are_orthonormal_when_they_are_certified(seed:
     solution = eigsh(problem.operator(), (5, 1), which="BE", **options)
     assert solution.stats.orthogonality <= 32 * torch.finfo(torch.float64).eps
     assert ((solution.values + 1).abs() <= solution.bounds).all()
+
+
+def _cancelling(n: int, size: float, seed: int) -> tuple[LinearOperator, Tensor]:
+    """A matrix of entries about 1 as the difference of two of entries about `size`, in float32, and its exact value."""
+    g = torch.Generator().manual_seed(seed)
+    root = (size / n) ** 0.5 * torch.randn(n, n, generator=g)
+    second = root @ root.mT + torch.diag(torch.randn(n, generator=g))
+    second = (second + second.mT) / 2
+    like = torch.zeros(n)
+    A = LinearOperator(lambda v: root @ (root.mT @ v), like) - LinearOperator(lambda v: second @ v, like)
+    return A, root.double() @ root.double().mT - second.double()
+
+
+@pytest.mark.parametrize(("count", "reach"), [(12, 8), (40, 1)])
+@settings(max_examples=15, deadline=None)
+@given(size=st.sampled_from([1.0, 1e3, 1e5, 1e7]), seed=st.integers(0, 10**6))
+def test_what_cancels_inside_of_products_is_in_the_error_of_estimates(
+    count: int, reach: int, size: float, seed: int
+) -> None:
+    A, dense = _cancelling(40, size, seed)
+    truths = {trace: dense.trace(), diagonal: dense.diagonal(), frobenius_norm: torch.linalg.matrix_norm(dense)}
+    for estimator, truth in truths.items():
+        found = estimator(A, num_matvecs=count, seed=seed)
+        assert (abs(torch.as_tensor(found.value) - truth) <= reach * torch.as_tensor(found.stderr)).all()
