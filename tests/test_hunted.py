@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
+from eigenfunc.curvature.ggn import ggn
+from eigenfunc.curvature.hessian import hessian
 from eigenfunc.eigsh import eigsh
+from eigenfunc.errors import NotConverged, ProductError
 from eigenfunc.funm import funm_multiply
+from eigenfunc.objective import functional_loss
 from eigenfunc.operator import LinearOperator
 from eigenfunc.solve import solve
 from eigenfunc.stochastic.diagonal import diagonal
 from eigenfunc.stochastic.trace import frobenius_norm, trace
 from eigenfunc.testing.problems import Problem
+from tests.helpers import labelled, mlp
 
 
 def _diagonal_with_cut_pair(n: int, k: int, gap: float) -> Tensor:
@@ -137,3 +145,47 @@ def test_what_cancels_inside_of_products_is_in_the_error_of_estimates(
     for estimator, truth in truths.items():
         found = estimator(A, num_matvecs=count, seed=seed)
         assert (abs(torch.as_tensor(found.value) - truth) <= reach * torch.as_tensor(found.stderr)).all()
+
+
+def _scaled_loss(scale: float, dtype: torch.dtype = torch.float64) -> tuple[Any, Any, Any]:
+    X, Y = labelled(10)
+    loss, params = functional_loss(mlp().to(dtype), lambda outputs, y: scale * F.cross_entropy(outputs, y))
+    return loss, params, (X.to(dtype), Y)
+
+
+@pytest.mark.parametrize("matrix", [hessian, ggn])
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-100, 1e150, 1e250])
+def test_a_loss_of_any_size_has_its_eigenvalues(matrix: Any, scale: float) -> None:
+    """Squares of its derivatives leave float64."""
+    truth = torch.linalg.eigvalsh(matrix(*_scaled_loss(1.0)).to_dense())[-2:].flip(0)
+    solution = eigsh(matrix(*_scaled_loss(scale)), 2, which="LA", seed=0)
+    assert ((solution.values / scale - truth).abs() <= solution.bounds / scale + 1e-12).all()
+    assert (solution.bounds <= 1e-2 * scale * truth).all()
+
+
+class _Frozen(torch.autograd.Function):
+    """x³ whose slope says that it is constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0].detach() ** 2 * slope
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e-290, 1e250])
+def test_a_wrong_product_is_refused_at_any_size(scale: float) -> None:
+    with pytest.raises(ProductError, match="no two ways"):
+        hessian(lambda x, batch: scale * (_Frozen.apply(x) + x**2).sum(), torch.ones(3).double(), None)
+
+
+@pytest.mark.parametrize("scale", [1e-43, 1e-44])
+def test_too_small_for_the_dtype_is_what_is_said_of_a_loss_that_is(scale: float) -> None:
+    with pytest.raises(ProductError, match=r"full precision below 1\.2e-38: multiply the loss"):
+        hessian(*_scaled_loss(scale, torch.float32))
+    A = hessian(*_scaled_loss(scale, torch.float32), check=False)
+    with pytest.raises(NotConverged, match=r"full precision below 1\.2e-38\. Multiply the loss|not symmetric"):
+        eigsh(A, 1, seed=0)
