@@ -118,7 +118,51 @@ def _check_purity(loss: Loss, point: Tree, batch: Any, seed: int) -> None:
     remedy = "take it from `params`, or in a module from its own attribute"
     if isinstance(loss, Composition):
         remedy += ". A penalty in the criterion is no function of the outputs: leave it out, and add its own Hessian"
-    _check_aliases(products.of_leaves(loss, batch, point, seed)(leaves), leaves, tree.names(point), remedy)
+    f, numbers = products.of_leaves(loss, batch, point, seed), _Numbers()
+    with numbers:
+        value = f(leaves)
+    _check_aliases(value, leaves, tree.names(point), remedy)
+    if numbers.taken:
+        _check_numbers(f, leaves, numbers.taken)
+
+
+class _Numbers(TorchFunctionMode):
+    """Notes the numbers taken out of tensors that are to be differentiated, or gives out those of another run."""
+
+    def __init__(self, given: list[float] | None = None) -> None:
+        super().__init__()
+        self.given = given
+        self.taken: list[float] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (Tensor.item, Tensor.__float__) or not args[0].requires_grad:
+            return func(*args, **(kwargs or {}))
+        self.taken.append(func(args[0].detach()))
+        return self.taken[-1] if self.given is None else self.given[len(self.taken) - 1]
+
+
+def _check_numbers(f: Function, leaves: list[Tensor], taken: list[float]) -> None:
+    """Nearby, the loss is the same with the numbers of this point: they are no part of it, but written into a log, say.
+
+    Nothing is said where another number of them is taken there.
+    """
+    moved = [(x + 1e-3 * (x.abs() + x.abs().mean())).detach().requires_grad_() for x in leaves]
+    found = []
+    for mode in (_Numbers(), _Numbers(taken)):
+        try:
+            with mode:
+                value = f(moved)
+        except IndexError:
+            return
+        found.append(float(value.detach()))
+    slack = 100 * tree.coarsest_eps(leaves) * max(map(abs, found))  # of kernels that do not repeat to the last bit
+    if len(mode.taken) == len(taken) and abs(found[0] - found[1]) > slack:
+        raise ObjectiveError(
+            "the loss computes with a number that float() or .item() takes out of a tensor which depends on the "
+            f"parameters: derivatives take it for a constant, but at a nearby point the loss is {found[0]:.8g} with "
+            f"it, and {found[1]:.8g} with the number from here. Compute with the tensor itself, or with .detach() "
+            "where a constant is meant"
+        )
 
 
 def _check_aliases(value: Tensor, leaves: list[Tensor], names: list[str], remedy: str) -> None:
