@@ -71,9 +71,9 @@ def gradient_shares(loss: Loss, params: Tree, data: Any, solution: Any) -> Tenso
     """
     vectors = _orthonormal(solution, "solution")
     tree.check_like(vectors, params, "solution.vectors", stacked=True)
-    g = tree.lifted(gradient(loss, params, data))
-    inside = tree.exact_gram(vectors, g)[:, 0] ** 2
-    return (torch.cumsum(inside, 0) / tree.norms(g) ** 2).cpu()
+    g = gradient(loss, params, data)
+    inside = tree.exact_gram(vectors, tree.lifted(g))[:, 0] / tree.length(g)
+    return torch.cumsum(inside**2, 0).cpu()
 
 
 def gradient_overlap(loss: Loss, params: Tree, data: Any, solution: Any) -> Tensor:

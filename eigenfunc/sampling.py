@@ -61,6 +61,8 @@ def sampling_error(
         raise DataError(f"the sampling error needs two batches with weight at least, the data has {count}")
     w, q = torch.tensor(weights, dtype=torch.float64), torch.stack(quotients)
     whole = w.sum()
-    spread = torch.linalg.vector_norm(w[:, None] * (q - (w @ q) / whole), dim=0) * math.sqrt(count / (count - 1))
+    unit = q.abs().amax().clamp_min(torch.finfo(q.dtype).tiny)  # squares may leave the range of float64
+    q = q / unit
+    spread = torch.linalg.vector_norm(w[:, None] * (q - (w @ q) / whole), dim=0) * math.sqrt(count / (count - 1)) * unit
     error: Tensor = spread if batches.reduction == "sum" else spread / whole
     return error

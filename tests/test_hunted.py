@@ -12,16 +12,20 @@ from torch.nn import functional as F
 
 from eigenfunc.curvature.ggn import ggn
 from eigenfunc.curvature.hessian import hessian
+from eigenfunc.data import Batches
 from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import NotConverged, ProductError
+from eigenfunc.flatness import flatness
 from eigenfunc.funm import funm_multiply
 from eigenfunc.objective import functional_loss
 from eigenfunc.operator import LinearOperator
+from eigenfunc.overlap import gradient_shares
+from eigenfunc.sampling import sampling_error
 from eigenfunc.solve import solve
 from eigenfunc.stochastic.diagonal import diagonal
 from eigenfunc.stochastic.trace import frobenius_norm, trace
 from eigenfunc.testing.problems import Problem
-from tests.helpers import labelled, mlp
+from tests.helpers import cut, labelled, mlp
 
 
 def _diagonal_with_cut_pair(n: int, k: int, gap: float) -> Tensor:
@@ -189,3 +193,18 @@ def test_too_small_for_the_dtype_is_what_is_said_of_a_loss_that_is(scale: float)
     A = hessian(*_scaled_loss(scale, torch.float32), check=False)
     with pytest.raises(NotConverged, match=r"full precision below 1\.2e-38\. Multiply the loss|not symmetric"):
         eigsh(A, 1, seed=0)
+
+
+@pytest.mark.parametrize("scale", [1e-290, 1e-200, 1e200])
+def test_errors_and_lengths_of_any_size(scale: float) -> None:
+    """Neither an error bar nor the norm of a gradient is zero because its square is."""
+    found = []
+    for size in (1.0, scale):
+        loss, params, batch = _scaled_loss(size)
+        data = Batches(cut(batch, 2))
+        solution = eigsh(hessian(loss, params, data), 2, which="LA", seed=0, tol=1e-8)
+        gradient_norm = flatness(loss, params, data, seed=0, num_matvecs=4, num_samples=2, num_steps=1).gradient_norm
+        shares = gradient_shares(loss, params, data, solution)
+        found.append((sampling_error(loss, params, data, solution) / size, gradient_norm / size, shares))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-5, atol=0)
