@@ -37,7 +37,7 @@ def compute_hessian_eigenthings(
     """The eigenpairs of largest magnitude of the Hessian of `loss(model(inputs), targets)` over `dataloader`.
 
     Returns (eigenvals (k,), eigenvecs (k, n)): NumPy arrays, eigenvalues in descending order of value, eigenvectors
-    as rows in the order of `model.parameters()`, trainable ones only. Every batch counts by its number of samples.
+    as rows in the order of `model.parameters()`, trainable ones only. Batches count as in `Batches`.
 
     full_dataset  False: power iteration draws a mini-batch at each step, Lanczos looks at the first batch alone
     mode          "power_iter", with power_iter_steps=20, power_iter_err_threshold=1e-4, momentum=0.0, to_numpy=True;

@@ -29,10 +29,12 @@ class Batches:
     data       a DataLoader, a list of batches, or any iterable that starts anew each time. A DataLoader with
                `num_workers` reads ahead while products are formed, and nothing else does; with `pin_memory` too, its
                batches go to a GPU without waiting
-    weight     batch -> number of terms its loss averages over; default: the number of samples, read off the first
-               axis of the batch's tensors. For a loss that averages over tokens or by class weights pass that
-               count: `weight=lambda batch: (batch[1] != -100).sum()`
-    reduction  "mean" where the loss averages over the batch (the default of torch's losses), "sum" where it adds
+    weight     batch -> number of terms its loss averages over; default: what the criterion divides by, where it is
+               one of torch's losses (targets that are not ignored, by their class weights; entries for MSE), else
+               the number of samples, read off the first axis of the batch's tensors. For any other loss that
+               averages over tokens, say, pass their count: `weight=lambda batch: (batch["labels"] != -100).sum()`
+    reduction  "mean" where the loss averages over the batch, "sum" where it adds, as one of torch's losses with
+               reduction="sum" is known to do without a word
     device     where batches are moved to; default: where the parameters are
     microbatch largest number of samples handled at once: larger batches are cut along the first axis of their
                tensors, which bounds the memory of a product. For models that treat samples apart; `weight` is
@@ -101,18 +103,16 @@ class Batches:
         """The weight of a batch: a positive number, or 0 for a batch that is to be left out."""
         if self.reduction == "sum":
             return 1.0
-        if self.weight is not None:
-            value = float(self.weight(batch))
-            if not 0 <= value < float("inf"):
-                raise DataError(f"the weight of batch {index} is {value}; it must be a finite number, not negative")
-            return value
-        count = _samples(batch)
+        count = samples(batch) if self.weight is None else self.weight(batch)
         if isinstance(count, str):
             raise DataError(
                 f"cannot read the number of samples off batch {index}, a {type(batch).__name__} with {count}; "
                 "say how much it counts: Batches(data, weight=lambda batch: ...)"
             )
-        return float(count)
+        value = float(count)
+        if not 0 <= value < float("inf"):
+            raise DataError(f"the weight of batch {index} is {value}; it must be a finite number, not negative")
+        return value
 
 
 class Reader:
@@ -258,7 +258,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
         yield from _tensors(child)
 
 
-def _samples(batch: Any) -> int | str:
+def samples(batch: Any) -> int | str:
     """The common length of the first axes of the batch's tensors, or what stands in the way of one."""
     sizes = {leaf.shape[0] for leaf in _tensors(batch) if leaf.ndim > 0}
     if len(sizes) != 1:
@@ -268,7 +268,7 @@ def _samples(batch: Any) -> int | str:
 
 def head(batch: Any, share: float) -> Any:
     """The first samples of a batch, that share of them and at least one; the batch itself if it cannot be cut."""
-    count = _samples(batch)
+    count = samples(batch)
     if isinstance(count, str):
         return batch
     try:
@@ -278,7 +278,7 @@ def head(batch: Any, share: float) -> Any:
 
 
 def _pieces(batch: Any, size: int) -> Iterator[Any]:
-    count = _samples(batch)
+    count = samples(batch)
     if isinstance(count, str):
         raise DataError(f"cannot cut a {type(batch).__name__} with {count} into pieces; leave microbatch out")
     if count <= size:

@@ -78,7 +78,7 @@ class CheckpointWarning(UserWarning):
 
 
 class DataWarning(UserWarning):
-    """Two passes over the data disagree: the matrix changes between products."""
+    """Two passes over the data disagree, or another cut into batches gives another mean, and so another matrix."""
 
 
 class CompileWarning(UserWarning):

@@ -177,7 +177,7 @@ def flatness(
     return Flatness(
         n=H.size,
         loss=float(rises.losses(slope.new_zeros(0, H.size))[0]),
-        gradient_norm=float(tree.norm(slope)),
+        gradient_norm=float(tree.length(slope)),
         solution=solution,
         trace=trace(H, num_matvecs=num_matvecs, seed=seed),
         effective_dimension=_dimension(matrix, delta, num_matvecs, seed),

@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from eigenfunc import scope, tree
+from eigenfunc.curvature.denominators import batches_of
 from eigenfunc.curvature.products import Loss, of_leaves
 from eigenfunc.curvature.rehearsal import evaluated
-from eigenfunc.data import Reader, as_batches, average
+from eigenfunc.data import Reader, average
 from eigenfunc.errors import DataError, InputError
 from eigenfunc.solution import Solution
 from eigenfunc.tree import Tree
@@ -74,7 +75,7 @@ def landscape(
     directions = tree.tree_map(lambda leaf: leaf[list(chosen)], solution.vectors)
     with scope.untouched(device):
         point = scope.usable(tree.tree_map(lambda leaf: leaf.detach(), params))
-        reader = Reader(as_batches(data).on(device), device)
+        reader = Reader(batches_of(loss, data).on(device), device)
         centre = float(losses_at(loss, point, reader, lambda i: point, 1)[0])
         if not math.isfinite(centre):
             raise DataError(f"the loss at the parameters is {centre}: there is no landscape around it")

@@ -11,8 +11,9 @@ from torch import Generator, Tensor
 
 from eigenfunc import scope, tree
 from eigenfunc.certificate import positive, seeded, whole
+from eigenfunc.curvature.denominators import batches_of
 from eigenfunc.curvature.products import Loss
-from eigenfunc.data import Reader, as_batches
+from eigenfunc.data import Reader
 from eigenfunc.errors import DataError, InputError
 from eigenfunc.landscape import losses_at
 from eigenfunc.overlap import gradient
@@ -45,7 +46,7 @@ class Rises:
     def losses(self, offsets: Tensor) -> Tensor:
         """(1 + p,): the loss at θ, and at each θ + δ. `DataError` where the first is not finite."""
         with scope.untouched(self.device):
-            reader = Reader(as_batches(self.data).on(self.device), self.device)
+            reader = Reader(batches_of(self.loss, self.data).on(self.device), self.device)
             found = losses_at(
                 self._watched,
                 self.point,

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
+from eigenfunc.curvature.denominators import batches_of
 from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.products import Function, Loss
-from eigenfunc.data import Reader, as_batches, average
+from eigenfunc.data import Reader, average
 from eigenfunc.errors import DataError, InputError, TreeError
 from eigenfunc.tree import Tree
 
@@ -31,7 +32,7 @@ def gradient(loss: Loss, params: Tree, data: Any) -> Tree:
     """
     tree.check_vector_space(params, "params")
     device = tree.device(params)
-    reader = Reader(as_batches(data).on(device), device)
+    reader = Reader(batches_of(loss, data).on(device), device)
     refs, rebuild = tree.flatten(params)
     with scope.untouched(device), mended():
         leaves = [leaf.detach().requires_grad_() for leaf in map(scope.usable, refs)]
@@ -70,9 +71,9 @@ def gradient_shares(loss: Loss, params: Tree, data: Any, solution: Any) -> Tenso
     """
     vectors = _orthonormal(solution, "solution")
     tree.check_like(vectors, params, "solution.vectors", stacked=True)
-    g = tree.lifted(gradient(loss, params, data))
-    inside = tree.exact_gram(vectors, g)[:, 0] ** 2
-    return (torch.cumsum(inside, 0) / tree.norms(g) ** 2).cpu()
+    g = gradient(loss, params, data)
+    inside = tree.exact_gram(vectors, tree.lifted(g))[:, 0] / tree.length(g)
+    return torch.cumsum(inside**2, 0).cpu()
 
 
 def gradient_overlap(loss: Loss, params: Tree, data: Any, solution: Any) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from eigenfunc import tree
+from eigenfunc.curvature.denominators import batches_of
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.curvature.products import Loss
-from eigenfunc.data import Reader, as_batches
+from eigenfunc.data import Reader
 from eigenfunc.errors import DataError
 from eigenfunc.operator import LinearOperator
 from eigenfunc.solution import Solution
@@ -47,8 +48,8 @@ def sampling_error(
     device = tree.device(params)
     vectors = tree.tree_map(lambda x, ref: x.detach().to(ref), solution.vectors, params)
     lengths = tree.dots(vectors, vectors)
-    batches = replace(as_batches(data), device=None)
-    reader = Reader(as_batches(data).on(device), device)
+    batches = replace(batches_of(loss, data), device=None)
+    reader = Reader(batches_of(loss, data).on(device), device)
     weights, quotients = [], []
     for _, weight, batch in reader.one_pass():
         if weight > 0:
@@ -60,6 +61,8 @@ def sampling_error(
         raise DataError(f"the sampling error needs two batches with weight at least, the data has {count}")
     w, q = torch.tensor(weights, dtype=torch.float64), torch.stack(quotients)
     whole = w.sum()
-    spread = torch.linalg.vector_norm(w[:, None] * (q - (w @ q) / whole), dim=0) * math.sqrt(count / (count - 1))
+    unit = q.abs().amax().clamp_min(torch.finfo(q.dtype).tiny)  # squares may leave the range of float64
+    q = q / unit
+    spread = torch.linalg.vector_norm(w[:, None] * (q - (w @ q) / whole), dim=0) * math.sqrt(count / (count - 1)) * unit
     error: Tensor = spread if batches.reduction == "sum" else spread / whole
     return error

@@ -10,9 +10,10 @@ from typing import Any
 
 from eigenfunc import tree
 from eigenfunc.certificate import seeded, whole
+from eigenfunc.curvature.denominators import batches_of
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.curvature.products import Loss
-from eigenfunc.data import Batches, Reader, as_batches, head
+from eigenfunc.data import Batches, Reader, head
 from eigenfunc.eigsh import Which, eigsh
 from eigenfunc.errors import DataError, InputError, NotConverged
 from eigenfunc.operator import LinearOperator
@@ -64,7 +65,7 @@ def eigsh_streaming(
     if not shares or shares[-1] != 1.0 or sorted(set(shares)) != shares or not shares[0] > 0:
         raise InputError(f"schedule must be rising shares of the data, the last of them 1; got {tuple(schedule)}")
     begun = time.perf_counter()
-    batches, (_, seed) = as_batches(data), seeded(seed)
+    batches, (_, seed) = batches_of(loss, data), seeded(seed)
     spent = 0.0
     for share in shares:
         last = share == 1.0

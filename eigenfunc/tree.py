@@ -266,6 +266,14 @@ def norm(x: Tree) -> Tensor:
     return norms(lifted(x))[0]
 
 
+def length(x: Tree) -> Tensor:
+    """`norm` where squares of the entries may leave the range of float64."""
+    largest = torch.stack([leaf.abs().amax().double() for leaf in leaves(x) if leaf.numel()]).amax()
+    if not 0 < float(largest) < float("inf"):
+        return norm(x)
+    return norm(tree_map(lambda leaf: leaf.double() / largest, x)) * largest
+
+
 def all_finite(x: Tree) -> Tensor:
     """0-dim bool tensor: no NaN and no infinity in any leaf."""
     return torch.stack([torch.isfinite(leaf).all() for leaf in leaves(x)]).all()

@@ -93,6 +93,13 @@ def _verdict(
     above = f"{missing} are above tol {tol:g}, the worst relative residual being {float(relative.max()):.1e}"
     if skew > explained:
         return Status.NOT_SYMMETRIC, not_symmetric(skew, explained)
+    smallest = max(torch.finfo(leaf.dtype).tiny for leaf in tree.leaves(products.A.like))
+    norm = run.anorm * products.scale
+    if products.noise > products.roundoff and norm < 1e3 * products.size**0.5 * smallest:
+        return Status.NOT_CONVERGED, (
+            f"{above}; products of norm {norm:.1e} hold few digits, as their dtype has none of full precision below "
+            f"{smallest:.1e}. Multiply the loss by a large number, and divide the eigenvalues by it"
+        )
     if products.noise > products.roundoff:
         return Status.NONDETERMINISTIC, (
             f"{above}; the same product formed twice differs by {products.noise:.1e}, relative, which rounding does "

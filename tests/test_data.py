@@ -60,28 +60,6 @@ def test_losses_that_sum_add_up() -> None:
     assert (split - product(criterion, (X, Y))).abs().max() < 1e-11
 
 
-def test_ignored_targets_are_weighed_by_those_that_count() -> None:
-    labels = torch.where(torch.arange(10) % 3 == 0, -100, Y)
-    batches = [(X[:8], labels[:8]), (X[8:], labels[8:])]
-    split = product(CE, Batches(batches, weight=lambda batch: (batch[1] != -100).sum()))
-    assert (split - product(CE, (X, labels))).abs().max() < 1e-12
-    assert (product(CE, Batches(batches)) - product(CE, (X, labels))).abs().max() > 1e-6
-
-
-def test_class_weights_are_weighed_by_their_sum() -> None:
-    share = torch.tensor([1.0, 2.0, 0.5]).double()
-    criterion = nn.CrossEntropyLoss(weight=share)
-    split = product(criterion, Batches(cut((X, Y), [7, 3]), weight=lambda batch: share[batch[1]].sum()))
-    assert (split - product(criterion, (X, Y))).abs().max() < 1e-12
-
-
-def test_a_batch_of_weight_zero_is_left_out() -> None:
-    labels = torch.cat([Y[:6], torch.full((4,), -100)])
-    batches = [(X[:6], labels[:6]), (X[6:], labels[6:])]
-    split = product(CE, Batches(batches, weight=lambda batch: (batch[1] != -100).sum()))
-    assert (split - product(CE, (X[:6], Y[:6]))).abs().max() < 1e-12
-
-
 def endless() -> Iterator[Any]:
     yield X, Y
 

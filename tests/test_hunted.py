@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
+from eigenfunc.curvature.ggn import ggn
+from eigenfunc.curvature.hessian import hessian
+from eigenfunc.data import Batches
 from eigenfunc.eigsh import eigsh
+from eigenfunc.errors import NotConverged, ProductError
+from eigenfunc.flatness import flatness
 from eigenfunc.funm import funm_multiply
+from eigenfunc.objective import functional_loss
 from eigenfunc.operator import LinearOperator
+from eigenfunc.overlap import gradient_shares
+from eigenfunc.sampling import sampling_error
 from eigenfunc.solve import solve
 from eigenfunc.stochastic.diagonal import diagonal
+from eigenfunc.stochastic.trace import frobenius_norm, trace
 from eigenfunc.testing.problems import Problem
+from tests.helpers import cut, labelled, mlp
 
 
 def _diagonal_with_cut_pair(n: int, k: int, gap: float) -> Tensor:
@@ -112,3 +125,86 @@ def test_vectors_of_a_coarse_basis_are_orthonormal_when_they_are_certified(seed:
     solution = eigsh(problem.operator(), (5, 1), which="BE", **options)
     assert solution.stats.orthogonality <= 32 * torch.finfo(torch.float64).eps
     assert ((solution.values + 1).abs() <= solution.bounds).all()
+
+
+def _cancelling(n: int, size: float, seed: int) -> tuple[LinearOperator, Tensor]:
+    """A matrix of entries about 1 as the difference of two of entries about `size`, in float32, and its exact value."""
+    g = torch.Generator().manual_seed(seed)
+    root = (size / n) ** 0.5 * torch.randn(n, n, generator=g)
+    second = root @ root.mT + torch.diag(torch.randn(n, generator=g))
+    second = (second + second.mT) / 2
+    like = torch.zeros(n)
+    A = LinearOperator(lambda v: root @ (root.mT @ v), like) - LinearOperator(lambda v: second @ v, like)
+    return A, root.double() @ root.double().mT - second.double()
+
+
+@pytest.mark.parametrize(("count", "reach"), [(12, 8), (40, 1)])
+@settings(max_examples=15, deadline=None)
+@given(size=st.sampled_from([1.0, 1e3, 1e5, 1e7]), seed=st.integers(0, 10**6))
+def test_what_cancels_inside_of_products_is_in_the_error_of_estimates(
+    count: int, reach: int, size: float, seed: int
+) -> None:
+    A, dense = _cancelling(40, size, seed)
+    truths = {trace: dense.trace(), diagonal: dense.diagonal(), frobenius_norm: torch.linalg.matrix_norm(dense)}
+    for estimator, truth in truths.items():
+        found = estimator(A, num_matvecs=count, seed=seed)
+        assert (abs(torch.as_tensor(found.value) - truth) <= reach * torch.as_tensor(found.stderr)).all()
+
+
+def _scaled_loss(scale: float, dtype: torch.dtype = torch.float64) -> tuple[Any, Any, Any]:
+    X, Y = labelled(10)
+    loss, params = functional_loss(mlp().to(dtype), lambda outputs, y: scale * F.cross_entropy(outputs, y))
+    return loss, params, (X.to(dtype), Y)
+
+
+@pytest.mark.parametrize("matrix", [hessian, ggn])
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-100, 1e150, 1e250])
+def test_a_loss_of_any_size_has_its_eigenvalues(matrix: Any, scale: float) -> None:
+    """Squares of its derivatives leave float64."""
+    truth = torch.linalg.eigvalsh(matrix(*_scaled_loss(1.0)).to_dense())[-2:].flip(0)
+    solution = eigsh(matrix(*_scaled_loss(scale)), 2, which="LA", seed=0)
+    assert ((solution.values / scale - truth).abs() <= solution.bounds / scale + 1e-12).all()
+    assert (solution.bounds <= 1e-2 * scale * truth).all()
+
+
+class _Frozen(torch.autograd.Function):
+    """x³ whose slope says that it is constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0].detach() ** 2 * slope
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e-290, 1e250])
+def test_a_wrong_product_is_refused_at_any_size(scale: float) -> None:
+    with pytest.raises(ProductError, match="no two ways"):
+        hessian(lambda x, batch: scale * (_Frozen.apply(x) + x**2).sum(), torch.ones(3).double(), None)
+
+
+@pytest.mark.parametrize("scale", [1e-43, 1e-44])
+def test_too_small_for_the_dtype_is_what_is_said_of_a_loss_that_is(scale: float) -> None:
+    with pytest.raises(ProductError, match=r"full precision below 1\.2e-38: multiply the loss"):
+        hessian(*_scaled_loss(scale, torch.float32))
+    A = hessian(*_scaled_loss(scale, torch.float32), check=False)
+    with pytest.raises(NotConverged, match=r"full precision below 1\.2e-38\. Multiply the loss|not symmetric"):
+        eigsh(A, 1, seed=0)
+
+
+@pytest.mark.parametrize("scale", [1e-290, 1e-200, 1e200])
+def test_errors_and_lengths_of_any_size(scale: float) -> None:
+    """Neither an error bar nor the norm of a gradient is zero because its square is."""
+    found = []
+    for size in (1.0, scale):
+        loss, params, batch = _scaled_loss(size)
+        data = Batches(cut(batch, 2))
+        solution = eigsh(hessian(loss, params, data), 2, which="LA", seed=0, tol=1e-8)
+        gradient_norm = flatness(loss, params, data, seed=0, num_matvecs=4, num_samples=2, num_steps=1).gradient_norm
+        shares = gradient_shares(loss, params, data, solution)
+        found.append((sampling_error(loss, params, data, solution) / size, gradient_norm / size, shares))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-5, atol=0)

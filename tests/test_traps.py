@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
-from eigenfunc import Batches, compute_hessian_eigenthings, eigsh, functional_loss, hessian, hvp
+from eigenfunc import Batches, compute_hessian_eigenthings, eigsh, functional_loss, ggn, hessian, hvp
 from eigenfunc.errors import DataError, ObjectiveError
 from tests.helpers import (
     assert_blocks_close,
@@ -108,8 +108,9 @@ def test_every_batch_is_compared_with_its_pieces() -> None:
     shares = torch.tensor([1.0, 5.0]).double()
     weighed = nn.CrossEntropyLoss(weight=shares)
     data = (X, Y.sort().values)
+    free, params = functional_loss(net(), loss_fn=lambda m, b: weighed(m(b[0]), b[1]))
     with pytest.raises(DataError, match="weights are not those"):
-        hessian(*functional_loss(net(), weighed), Batches([data], microbatch=2))
+        hessian(free, params, Batches([data], microbatch=2))
     for between in ([nn.BatchNorm1d(4)], [nn.BatchNorm1d(4), nn.Dropout(0.5)]):
         for size in (1, 2, 3):
             with pytest.raises(DataError, match="eave microbatch out"):
@@ -304,3 +305,41 @@ def test_a_compiled_model_is_right_or_refused_by_name() -> None:
     assert_blocks_close(
         {name.removeprefix("_orig_mod."): x for name, x in found.items()}, expected @ flat(renamed), 1e-10
     )
+
+
+def _penalty(kind: str, model: nn.Module) -> Any:
+    size = next(model.parameters()).norm()
+    return {"item": size.item, "float": size.__float__, "detach": size.detach, "tensor": lambda: size}[kind]()
+
+
+@pytest.mark.parametrize("matrix", [hessian, ggn])
+@pytest.mark.parametrize("kind", ["item", "float"])
+def test_a_number_taken_out_of_the_graph_is_refused_where_the_loss_computes_with_it(kind: str, matrix: Any) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _penalty(kind, self.inner) * self.inner(x)
+
+    x, y = labelled(6)
+    with pytest.raises(ObjectiveError, match=r"computes with a number.*\.detach\(\)"):
+        matrix(*functional_loss(Scaled(), nn.CrossEntropyLoss()), (x, y))
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")
+@pytest.mark.parametrize("kind", ["detach", "tensor"])
+def test_numbers_that_are_only_logged_or_meant_as_constants_are_not(kind: str) -> None:
+    model, log = mlp(nn.Dropout(0.5)), []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        value = _penalty(kind, model) * nn.functional.cross_entropy(model(batch[0]), batch[1])
+        log.append(value.item())
+        return value if value.item() > -1 else -value
+
+    loss, params = functional_loss(model, loss_fn=loss_fn)
+    with untouched(model):
+        A = hessian(loss, params, labelled(6))
+    assert log
+    assert torch.isfinite(flat(A(params))).all()

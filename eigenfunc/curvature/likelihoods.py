@@ -132,7 +132,7 @@ def _call(criterion: Any) -> tuple[Reader, dict[str, Any]] | None:
             return None
         criterion, given = criterion.func, criterion.keywords
     if isinstance(criterion, nn.Module):
-        if type(criterion) not in _MODULES or _altered(criterion):
+        if type(criterion) not in _MODULES or altered(criterion):
             return None
         reader, attributes, arguments = _MODULES[type(criterion)]
         options = {name: getattr(criterion, name) for name in attributes}
@@ -149,7 +149,7 @@ def _call(criterion: Any) -> tuple[Reader, dict[str, Any]] | None:
     return reader, options
 
 
-def _altered(module: nn.Module) -> bool:
+def altered(module: nn.Module) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" in vars(module) or any(len(getattr(module, name)) > 0 for name in hooks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from eigenfunc.curvature import products
 from eigenfunc.curvature.mends import Seen, mended
 from eigenfunc.curvature.products import FORWARD, F, Function, Way, Ways
 from eigenfunc.errors import EigenfuncError, ProductError
+
+_COMFORTABLE = torch.finfo(torch.float64).tiny ** 0.25
 
 
 class Proof(NamedTuple):
@@ -42,6 +45,7 @@ def prove(
     """
     images: dict[str, list[Tensor]] = {}
     trouble: dict[str, str] = {}
+    largest = 0.0
     for name in sorted(ways.each, key=lambda way: way != wanted):
         try:
             image, flaw = _tried(ways.each[name], f, point, None if images else tolerance_of(point, seen.eps))
@@ -50,6 +54,7 @@ def prove(
         except Exception as error:  # user code and torch raise whatever they like
             trouble[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             continue
+        largest = max(largest, _largest(image))
         if flaw:
             trouble[name] = flaw
             continue
@@ -67,8 +72,8 @@ def prove(
     figures = "\n".join(f"  {name}: {why}" for name, why in trouble.items())
     raise ProductError(
         f"no two ways of forming the {ways.matrix}-vector product agree on this loss:\n{figures}\n"
-        "Look for operations without second derivatives, custom autograd functions, or randomness in the forward "
-        f"pass; {ways.remedy}"
+        f"{_few_digits(largest, point)}Look for operations without second derivatives, custom autograd functions, or "
+        f"randomness in the forward pass; {ways.remedy}"
     )
 
 
@@ -88,15 +93,44 @@ def _tried(way: Way[F], f: F, point: Sequence[Tensor], tolerance: float | None) 
     if tolerance is None:
         return image, None
     u = _drawn(point, 1)
-    forth, size = float(tree.dot(u, image)), float(tree.norm(u) * tree.norm(image))
     other = product.single(u)
-    del u
+    own = image
+    if (unit := _unit(image, other)) != 1:
+        own, other = _over(image, unit), _over(other, unit)
+    forth, size = float(tree.dot(u, own)), float(tree.norm(u) * tree.norm(own))
+    del u, own
     v = _drawn(point, 0)
     skew = abs(forth - float(tree.dot(v, other)))
     size += float(tree.norm(v) * tree.norm(other))
     if not skew <= tolerance * size:
-        return image, f"not symmetric: ⟨u, Av⟩ and ⟨v, Au⟩ differ by {skew:.2e} of {size:.2e}"
+        return image, f"not symmetric: ⟨u, Av⟩ and ⟨v, Au⟩ differ by {skew / (size or 1.0):.1e} of ‖u‖‖Av‖ + ‖v‖‖Au‖"
     return image, None
+
+
+def _largest(v: Sequence[Tensor]) -> float:
+    return max((float(x.abs().max()) for x in v if x.numel()), default=0.0)
+
+
+def _few_digits(largest: float, point: Sequence[Tensor]) -> str:
+    smallest = max(torch.finfo(x.dtype).tiny for x in point)
+    if not 0 < largest < 1e3 * smallest:
+        return ""
+    return (
+        f"Their entries are at most {largest:.1e}, and their dtype has no number of full precision below "
+        f"{smallest:.1e}: multiply the loss by a large number. Else: "
+    )
+
+
+def _unit(*vectors: Sequence[Tensor]) -> float:
+    """The power of two next below the largest entry where squares would leave the range of float64, else 1."""
+    largest = max(map(_largest, vectors))
+    if not 0 < largest < math.inf or _COMFORTABLE < largest < 1 / _COMFORTABLE:
+        return 1.0
+    return 2.0 ** max(math.floor(math.log2(largest)), -1022)
+
+
+def _over(v: Sequence[Tensor], unit: float) -> list[Tensor]:
+    return [x.double() / unit for x in v]
 
 
 def _agreeing(
@@ -124,6 +158,8 @@ def tolerance_of(point: Sequence[Tensor], eps: float) -> float:
 def disagreement(a: Sequence[Tensor], b: Sequence[Tensor], labels: Sequence[str], eps: float) -> tuple[float, str]:
     """Largest relative difference over the blocks; in small blocks, ten rounding errors of the whole are forgiven."""
     a, b = list(a), list(b)
+    if (unit := _unit(a, b)) != 1:
+        a, b = _over(a, unit), _over(b, unit)
     floor = 10 * max(eps, tree.coarsest_eps(a)) / tolerance_of(a, eps) * float(tree.norm(a))
     worst, where = 0.0, labels[0]
     for label, x, y in zip(labels, a, b, strict=True):
@@ -170,6 +206,8 @@ def _against_differences(
     found: list[Tensor], errors: list[Tensor], image: list[Tensor], labels: Sequence[str], tolerance: float
 ) -> float | str:
     """The largest relative difference over the blocks, or why central differences do not confirm the product."""
+    if (unit := _unit(found, image)) != 1:
+        found, errors, image = _over(found, unit), _over(errors, unit), _over(image, unit)
     whole = float(tree.norm(found))
     worst = 0.0
     for label, x, y, error in zip(labels, image, found, errors, strict=True):

@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
+from eigenfunc.curvature.denominators import Denominator
 from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.products import Function, Loss
-from eigenfunc.data import Batches, Reader, average, mapped
+from eigenfunc.data import Batches, Reader, average, mapped, samples
 from eigenfunc.errors import DataError, DataWarning, ObjectiveError
 from eigenfunc.objective import Composition, guarded
 from eigenfunc.tree import Tree
@@ -48,6 +49,8 @@ def rehearse(loss: Loss, point: Tree, reader: Reader) -> bool:
                 DataWarning,
                 stacklevel=5,
             )
+        if len(passes[0]) > 1 and reader.batches.microbatch is None:
+            _check_weights(loss, point, reader, slack)
     return (
         reader.batches.sequential
         and len(passes[0]) == len(passes[1])
@@ -115,7 +118,51 @@ def _check_purity(loss: Loss, point: Tree, batch: Any, seed: int) -> None:
     remedy = "take it from `params`, or in a module from its own attribute"
     if isinstance(loss, Composition):
         remedy += ". A penalty in the criterion is no function of the outputs: leave it out, and add its own Hessian"
-    _check_aliases(products.of_leaves(loss, batch, point, seed)(leaves), leaves, tree.names(point), remedy)
+    f, numbers = products.of_leaves(loss, batch, point, seed), _Numbers()
+    with numbers:
+        value = f(leaves)
+    _check_aliases(value, leaves, tree.names(point), remedy)
+    if numbers.taken:
+        _check_numbers(f, leaves, numbers.taken)
+
+
+class _Numbers(TorchFunctionMode):
+    """Notes the numbers taken out of tensors that are to be differentiated, or gives out those of another run."""
+
+    def __init__(self, given: list[float] | None = None) -> None:
+        super().__init__()
+        self.given = given
+        self.taken: list[float] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (Tensor.item, Tensor.__float__) or not args[0].requires_grad:
+            return func(*args, **(kwargs or {}))
+        self.taken.append(func(args[0].detach()))
+        return self.taken[-1] if self.given is None else self.given[len(self.taken) - 1]
+
+
+def _check_numbers(f: Function, leaves: list[Tensor], taken: list[float]) -> None:
+    """Nearby, the loss is the same with the numbers of this point: they are no part of it, but written into a log, say.
+
+    Nothing is said where another number of them is taken there.
+    """
+    moved = [(x + 1e-3 * (x.abs() + x.abs().mean())).detach().requires_grad_() for x in leaves]
+    found = []
+    for mode in (_Numbers(), _Numbers(taken)):
+        try:
+            with mode:
+                value = f(moved)
+        except IndexError:
+            return
+        found.append(float(value.detach()))
+    slack = 100 * tree.coarsest_eps(leaves) * max(map(abs, found))  # of kernels that do not repeat to the last bit
+    if len(mode.taken) == len(taken) and abs(found[0] - found[1]) > slack:
+        raise ObjectiveError(
+            "the loss computes with a number that float() or .item() takes out of a tensor which depends on the "
+            f"parameters: derivatives take it for a constant, but at a nearby point the loss is {found[0]:.8g} with "
+            f"it, and {found[1]:.8g} with the number from here. Compute with the tensor itself, or with .detach() "
+            "where a constant is meant"
+        )
 
 
 def _check_aliases(value: Tensor, leaves: list[Tensor], names: list[str], remedy: str) -> None:
@@ -137,10 +184,59 @@ def _check_aliases(value: Tensor, leaves: list[Tensor], names: list[str], remedy
                 stack.append(following)
 
 
+def _check_weights(loss: Loss, point: Tree, reader: Reader, slack: float) -> None:
+    """Warn where the loss of the first batch is not made of those of its two parts as the whole is made of batches.
+
+    Not where the user weighs batches, who so defines the whole; nor where BatchNorm in train mode is known to mix
+    samples, where random numbers differ with the cut, or where batches cannot be cut.
+    """
+    batches = reader.batches
+    if not (batches.weight is None or isinstance(batches.weight, Denominator)):
+        return
+    index, batch = reader.first()
+    count = samples(batch)
+    if isinstance(count, str) or count < 2:
+        return
+    try:
+        parts = list(replace(batches, data=[batch], microbatch=(count + 1) // 2))
+        found = []
+        for piece in (batch, *parts):
+            with _Undropped() as seen:
+                value = evaluated(products.of_leaves(loss, piece, point, reader.seed), tree.leaves(point))
+            if seen.mixing or scope.drawn_since_reseed(reader.seed, reader.device):
+                return
+            found.append((batches.weigh(piece, index), value))
+    except Exception:  # a loss need not take half a batch
+        return
+    found = [(weight, value) for weight, value in found if weight > 0]
+    whole, apart = float(found[0][1]), float(average(_parts(found[1:]), batches.reduction))
+    size = max(abs(float(value)) for _, value in found)
+    if not abs(whole - apart) > slack * size:
+        return
+    if abs(whole - sum(float(value) for _, value in found[1:])) <= slack * size:
+        remedy = "It is their sum: pass Batches(data, reduction='sum')"
+    else:
+        remedy = (
+            "Say what the loss divides by: Batches(data, weight=lambda batch: ...). Where it compares the samples of a "
+            "batch with one another, batches are part of its definition: any weight= says that this is meant"
+        )
+    warnings.warn(
+        f"batches count by {'what the criterion divides by' if batches.weight else 'their number of samples'}, but by "
+        f"that the loss of the first, {whole:.8g}, is not made of those of its two halves, which give {apart:.8g}: "
+        f"another cut of the data is another matrix. {remedy}",
+        DataWarning,
+        stacklevel=6,
+    )
+
+
 class _Undropped(TorchFunctionMode):
-    """Dropout as the identity, so that losses can be compared across cuts."""
+    """Dropout as the identity, so that losses can be compared across cuts; sees BatchNorm that mixes samples."""
+
+    mixing = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            self.mixing |= bool((kwargs or {}).get("training", args[5] if len(args) > 5 else False))
         return args[0] if func in _DROPOUTS else func(*args, **(kwargs or {}))
 
 

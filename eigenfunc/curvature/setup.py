@@ -18,11 +18,12 @@ from eigenfunc import scope, tree
 from eigenfunc.choices import Choices
 from eigenfunc.curvature import products, rehearsal
 from eigenfunc.curvature.compiled import Compiled
+from eigenfunc.curvature.denominators import batches_of
 from eigenfunc.curvature.mends import Seen, mended
 from eigenfunc.curvature.products import F, Loss, Product, Way, Ways
 from eigenfunc.curvature.proof import Proof, check_mends, disagreement, prove, tolerance_of
 from eigenfunc.curvature.sweep import Prepare, Sweep, budget_for, seconds
-from eigenfunc.data import Batches, Reader, as_batches, average
+from eigenfunc.data import Batches, Reader, average
 from eigenfunc.errors import CheckpointError, CompileWarning, InputError, ObjectiveError
 from eigenfunc.operator import LinearOperator, MatVec, Part
 from eigenfunc.tree import Tree
@@ -74,7 +75,7 @@ def operator(
         raise InputError(f"cache must be 'auto' or a number of bytes, got {cache!r}")
     tree.check_vector_space(params, "params")
     device = tree.device(params)
-    batches = as_batches(data)
+    batches = batches_of(matrix.loss, data)
     if scope.inside_transform():
         words = f"{matrix.ways.matrix} by {matrix.pure_name}, inside a transform"
         return LinearOperator(_pure(matrix, params, batches, torch.initial_seed()), params, description=words)

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 
 from eigenfunc import scope, tree
 from eigenfunc.choices import Choices
+from eigenfunc.curvature.denominators import batches_of
 from eigenfunc.curvature.sweep import budget_for
-from eigenfunc.data import Batches, Reader, as_batches
+from eigenfunc.data import Batches, Reader
 from eigenfunc.distributed.deal import refuse_padding
 from eigenfunc.distributed.team import Group, Team, checksum, team_of
 from eigenfunc.errors import DataError, DistributedError, InputError, TransformError
@@ -78,7 +79,7 @@ def data_parallel(
     shares are empty, and what `make` raises.
     """
     team = team_of(group)
-    device, batches = _place(params, data, team)
+    device, batches = _place(loss, params, data, team)
     if options.get("cache", "auto") == "auto":
         options["cache"] = _budget(device, team)
 
@@ -96,7 +97,7 @@ def data_parallel(
     return _Summed(team, params, local, share, weight / whole, stop).operator()
 
 
-def _place(params: Tree, data: Any, team: Team) -> tuple[torch.device, Batches]:
+def _place(loss: Any, params: Tree, data: Any, team: Team) -> tuple[torch.device, Batches]:
     """Where the parameters are, and the share as batches that are weighed; all have the same parameters."""
 
     def read() -> tuple[torch.device, Batches, Any]:
@@ -107,7 +108,7 @@ def _place(params: Tree, data: Any, team: Team) -> tuple[torch.device, Batches]:
             (name, leaf.dtype, leaf.shape) for name, leaf in zip(tree.names(params), tree.leaves(params), strict=True)
         ]
         whole = isinstance(data, (Batches, DataLoader)) or hasattr(data, "__next__")
-        batches = as_batches(data) if whole else Batches([data])
+        batches = batches_of(loss, data if whole else Batches([data]))
         refuse_padding(batches.data)
         return tree.device(params), batches, (shapes, int(checksum(params)))
 

@@ -12,7 +12,7 @@ from eigenfunc import tree
 from eigenfunc.certificate import Products
 from eigenfunc.stochastic import leave_one_out as loo
 from eigenfunc.stochastic.estimate import Estimate
-from eigenfunc.stochastic.probes import begun, blocks, grain, least_of, multiplied, normal, signs, units
+from eigenfunc.stochastic.probes import begun, blocks, grain, least_of, multiplied, normal, signs, spilt, units
 from eigenfunc.tree import Tree
 
 DiagonalMethod = Literal["hutchinson", "xdiag"]
@@ -24,7 +24,7 @@ def diagonal(A: Any, *, num_matvecs: int, method: DiagonalMethod = "xdiag", seed
     """The entries a_jj as a tree shaped as `A.like`, without bias, each with its standard error, in float64.
 
     A            `LinearOperator`, or what `aslinearoperator` takes
-    num_matvecs  products to spend; from n on the result is exact, by n of them
+    num_matvecs  products to spend, beside two that measure their noise; from n on the result is exact, by n of them
     method       "hutchinson": Σ z ∘ A z / Σ z ∘ z over normal z (C. Bekas, E. Kokiopoulou and Y. Saad, Appl. Numer.
                  Math. 57, 2007), the slope of a regression of A z on z, entry by entry, so that Student's t holds
                  exactly; the error of an entry is the length of the rest of its row over √(num_matvecs − 2); memory
@@ -48,7 +48,10 @@ def diagonal(A: Any, *, num_matvecs: int, method: DiagonalMethod = "xdiag", seed
             value, variance, dof = *_xdiag(products, count // 2, generator), count // 2 - 1.0
         # what scaling may have rounded to zero
         least = 0.0 if products.scale == 1 else torch.finfo(products.dtype).tiny
-        rounding = grain(products) * value.abs().maximum(row.to(value)) + math.sqrt(n) * products.declared + least
+        row = row.to(value)
+        whole = torch.linalg.vector_norm(row)  # samples have the rounding of other rows in their variance
+        rounding = grain(products) * value.abs().maximum(row).maximum(whole / math.sqrt(n)) + spilt(products) * whole
+        rounding = rounding + math.sqrt(n) * products.declared + least
         stderr = torch.hypot(torch.sqrt(variance), rounding)
 
     def shaped(flat: Tensor) -> Tree:

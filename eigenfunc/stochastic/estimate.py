@@ -27,10 +27,10 @@ class Estimate(Generic[Value]):
 
     value    in the units of what is estimated
     stderr   its standard error in the same units: what the samples say, widened by their skewness (P. Hall, The
-             Bootstrap and Edgeworth Expansion, 1992, section 2.4), and rounding; no more than rounding where the
-             estimate is exact
+             Bootstrap and Edgeworth Expansion, 1992, section 2.4), and rounding, with what products lose where
+             larger numbers cancel inside of them; no more than rounding where the estimate is exact
     dof      degrees of freedom of `stderr`; infinite where nothing is random
-    matvecs  products spent
+    matvecs  products spent, two of them to measure their noise
     seed     of the probes
     """
 

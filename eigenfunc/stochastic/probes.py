@@ -14,6 +14,7 @@ from eigenfunc.certificate import Products, seeded, whole
 from eigenfunc.errors import InputError
 
 _BLOCK = 32  # probes multiplied at once at most
+_NOISE = 5  # seed of the vector that noise is measured with
 _ENTRIES = 2**26  # entries of a block of probes, unless it is a single one
 
 
@@ -82,8 +83,11 @@ def blocks(count: int, products: Products, room: int = 1) -> Iterator[tuple[int,
 
 
 def multiplied(products: Products, block: Tensor) -> Tensor:
-    """A z / scale for a stack of probes z (p, n); `NonFiniteError` where one is NaN or infinite."""
-    image = products.first(block) if products.passes == 0 else products(block)
+    """A z / scale for a stack of probes z (p, n); `NonFiniteError` where one is NaN or infinite. Before the first of
+    them two products with a vector of its own measure their noise."""
+    if products.passes == 0:
+        products.calibrate(Generator().manual_seed(_NOISE))
+    image = products(block)
     products.check_finite(bool(torch.isfinite(image).all()))
     return image
 
@@ -97,5 +101,14 @@ def all_multiplied(products: Products, rows: Tensor) -> Tensor:
 
 
 def grain(products: Products) -> float:
-    """The relative error that rounding leaves in a product and an inner product with it."""
-    return 4 * max(products.eps, tree.coarsest_eps(products.A.like))
+    """The relative error that rounding leaves in a product and an inner product with it, cancellation included."""
+    return 4 * max(_eps(products), products.noise)
+
+
+def spilt(products: Products) -> float:
+    """The error of any entry of a product, relative to ‖A‖_F, where larger numbers have cancelled inside of it."""
+    return 4 * products.noise if products.noise > 4 * _eps(products) else 0.0
+
+
+def _eps(products: Products) -> float:
+    return max(products.eps, tree.coarsest_eps(products.A.like))

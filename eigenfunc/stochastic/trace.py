@@ -24,7 +24,7 @@ def trace(A: Any, *, num_matvecs: int, method: TraceMethod = "xtrace", seed: int
     """tr A, without bias, from `num_matvecs` products with random vectors (one fewer or two where those do not divide).
 
     A            `LinearOperator`, or what `aslinearoperator` takes
-    num_matvecs  products to spend; from n on the result is exact, by n of them
+    num_matvecs  products to spend, beside two that measure their noise; from n on the result is exact, by n of them
     method       "xtrace": the error falls as fast as the eigenvalues do, and is at most about √2 times Hutchinson's
                  where they do not (Epperly, Tropp and Webber, SIAM J. Matrix Anal. Appl. 45, 2024); memory for
                  about 2 `num_matvecs` vectors. "hutch++": likewise, with simpler samples and errors up to two or more
