@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import tree
+from eigenfunc import storage, tree
 from eigenfunc.certificate import Products, Riders
 from eigenfunc.chance import escape, together
 from eigenfunc.krylov import basis
@@ -141,7 +141,7 @@ def search(
         products.matvecs += halfway.spent
         products.passes += halfway.passes
         if riders is not None and halfway.images is not None:
-            riders.images = halfway.images.clone()
+            riders.images = halfway.images.to(products.device, copy=True)
         for part, before in zip(evidence, halfway.before, strict=True):
             part.before, part.rounds = torch.tensor(before, dtype=torch.float64), halfway.chain
     for index, chain in enumerate(chains):
@@ -266,12 +266,12 @@ class Chain:
         self.bridge = bridge
         self.rounding = products.rounding(anorm)
         self.least = 10 * products.eps * anorm
-        self.mix = (span.s @ span.s.mT).to(span.vectors.device)
+        self.mix = (span.s @ span.s.mT).to(products.device)
         self.size = products.size - len(span.theta)
         self.count = count
         self.room = max(PROBE, _HELD // (count * products.size))
-        rows = basis.allocate(span.vectors, self.room * count)  # on disk where those are
-        self.rows = rows.reshape(self.room, count * products.width)
+        row = torch.empty(1, count * products.width, dtype=products.dtype, device=products.device)
+        self.rows = basis.allocate(row, self.room, place=storage.place_of(span.vectors, products.device))
         self.held = self.rows[:0]
         start = torch.cat([products.random(generator) for _ in range(count)])
         for _ in range(3):
@@ -287,7 +287,8 @@ class Chain:
         return len(self.alphas)
 
     def halfway(self, index: int, spent: int, passes: int, before: list[list[float]]) -> Halfway:
-        vectors = torch.cat([self.held, self.previous.reshape(1, -1), self.q.reshape(1, -1)])
+        pair = (part.reshape(1, -1).to(self.held.device) for part in (self.previous, self.q))
+        vectors = torch.cat([self.held, *pair])
         images = None if self.riders is None else self.riders.images
         return Halfway(index, spent, passes, before, list(self.alphas), list(self.betas), vectors, images)
 
@@ -296,7 +297,7 @@ class Chain:
         self.alphas, self.betas = list(halfway.alphas), list(halfway.betas)
         parts = torch.split(halfway.vectors, [len(halfway.vectors) - 2, 1, 1])
         self._hold(parts[0])
-        pair = (part.clone() for part in parts[1:])  # aligned in memory as before, for BLAS
+        pair = (part.to(self.q.device, copy=True) for part in parts[1:])  # aligned in memory as before, for BLAS
         self.previous, self.q = (part.reshape(self.count, -1) for part in pair)
 
     def _hold(self, vectors: Tensor) -> None:
@@ -353,7 +354,7 @@ class Chain:
     def ritz_vector(self, sign: int) -> Tensor:
         values, vectors = self._projected(len(self.held))
         weights = vectors[:, int(torch.argmax(sign * values))]
-        block: Tensor = tree.combine(weights[None].to(self.held.device), self.held).reshape(self.count, -1)
+        block: Tensor = tree.combine(weights[None].to(self.q.device), self.held).reshape(self.count, -1)
         if self.count > 1:  # close to a multiple of one eigenvector in each row
             block = tree.combine(torch.linalg.eigh(tree.exact_gram(block, block))[1][:, -1:].mT, block)
         return block

@@ -49,11 +49,17 @@ class Plan(NamedTuple):
     dtype: torch.dtype = torch.float32  # of the products
     basis_dtype: torch.dtype | None = None  # a shorter one for the basis
     basis_path: str | None = None  # the folder that holds the basis, instead of the memory
+    basis_device: str | None = None  # "cpu" for a basis in the main memory, beside vectors on an accelerator
     kept_bytes: int = 0  # what the operator keeps between products
 
     @property
+    def place(self) -> storage.Place:
+        """Where the basis is, if not where the vectors are."""
+        return torch.device(self.basis_device) if self.basis_path is None and self.basis_device else self.basis_path
+
+    @property
     def basis_bytes(self) -> int:
-        """Of the basis, in memory or on disk."""
+        """Of the basis, wherever it is."""
         rows = self.basis_size + self.block_size
         return rows * self.n * (self.basis_dtype or self.dtype).itemsize
 
@@ -75,6 +81,8 @@ class Plan(NamedTuple):
         scratch = 2 * rows * min(PIECE, self.n) * self.dtype.itemsize + FIXED
         step, proof, held, end = 4 * self.block_size + 2, 6 * probes, PROBE * probes, 5 * self.k + 2
         proof += 3 * self.k if self.block_size > 1 else 0  # what its first product takes along
+        if self.basis_device is not None:
+            return scratch + vector * max(step, proof, end)
         if self.basis_path is None or self.basis_dtype is not None:
             return scratch + vector * max(step, proof + held, end + (held if self.basis_dtype else 0))
         return scratch + vector * max(step, proof)
@@ -82,8 +90,14 @@ class Plan(NamedTuple):
     @property
     def memory_bytes(self) -> int:
         """At most, of the solver, a second try at the proof apart: beside the model, what the operator keeps, and what
-        its products need. Whole vectors are counted, of which each process of a group holds a part only."""
-        return self.working_bytes + (self.basis_bytes if self.basis_path is None else 0)
+        its products need. Whole vectors are counted, of which each process of a group holds a part only. For vectors
+        on an accelerator it is memory of that, see `host_bytes`."""
+        return self.working_bytes + (self.basis_bytes if self.place is None else 0)
+
+    @property
+    def host_bytes(self) -> int:
+        """At most, of the main memory beside an accelerator, page-locked: for the basis, and what a proof holds."""
+        return 0 if self.basis_device is None else self.basis_bytes + PROBE * PROBES * self.n * self.dtype.itemsize
 
     @property
     def disk_bytes(self) -> int:
@@ -103,6 +117,7 @@ class Plan(NamedTuple):
         low, high = self.expected_matvecs
         dtype = str(self.basis_dtype or self.dtype).removeprefix("torch.")
         place = "in memory" if self.basis_path is None else f"on disk in {self.basis_path}"
+        place = "in the main memory" if self.basis_device else place
         block = "" if self.block_size == 1 else f", in blocks of {self.block_size}"
         lines = {
             "basis": f"{tree.gibibytes(self.basis_bytes)} {place}: {self.basis_size} + {self.block_size} vectors of "
@@ -203,6 +218,7 @@ def plan(
     block_size: int | None = None,
     basis_dtype: torch.dtype | None = None,
     basis_path: str | os.PathLike[str] | None = None,
+    basis_device: str | torch.device | None = None,
     max_matvecs: int | None = None,
     memory_budget: int | None = None,
 ) -> Plan:
@@ -213,7 +229,7 @@ def plan(
     knows yet: the range is that of measured runs (see `Plan.expected_matvecs`), and no promise.
 
     Raises `InputError` for arguments out of range, `BudgetError` where nothing fits into the budget, `StorageError`
-    where the disk is too small.
+    where the disk or the main memory is too small.
     """
     A = aslinearoperator(A)
     tree.check_vector_space(A.like, "the operator's `like`")
@@ -224,6 +240,10 @@ def plan(
         dtype=tree.work_dtype(A.like), basis_dtype=basis_dtype, kept_bytes=A.kept_bytes()
     )
     on_cpu = tree.device(A.like).type == "cpu"
+    if basis_device is not None:
+        if str(basis_device) != "cpu":
+            raise InputError(f"basis_device must be 'cpu', the main memory, or left out, got {basis_device!r}")
+        chosen = chosen._replace(basis_device=None if on_cpu else "cpu")
     if basis_path is not None:
         if not on_cpu or not os.path.isdir(basis_path):
             what = "needs vectors on the CPU" if os.path.isdir(basis_path) else f"must be a folder, got {basis_path!r}"
@@ -233,6 +253,11 @@ def plan(
     if memory_budget is not None:
         budget = whole(memory_budget, "memory_budget", 1)
         chosen = _within(chosen, budget, sized=basis_size is not None, on_cpu=on_cpu)
+    if storage.available() < chosen.host_bytes:
+        raise StorageError(
+            f"the main memory has {tree.gibibytes(storage.available())} free, and the run needs "
+            f"{tree.gibibytes(chosen.host_bytes)} there: leave out basis_device, or take a smaller basis_size"
+        )
     if chosen.basis_path is not None and storage.free(chosen.basis_path) < chosen.disk_bytes:
         raise StorageError(
             f"{chosen.basis_path} has {tree.gibibytes(storage.free(chosen.basis_path))} free, and the run needs "
@@ -242,13 +267,17 @@ def plan(
 
 
 def _within(chosen: Plan, budget: int, *, sized: bool, on_cpu: bool) -> Plan:
-    """The first that fits: as chosen, a smaller basis, one in half precision, one on disk."""
+    """The first that fits: as chosen, a smaller basis, one in half precision, one in the main memory beside an
+    accelerator, one on disk."""
     options = [chosen]
-    if chosen.basis_path is None:
+    if chosen.place is None:
         options += [] if sized else [_shrunk(chosen, budget)]
         if chosen.basis_dtype is None and chosen.which in ("LM", "LA") and chosen.tol >= HALF:
             half = chosen._replace(basis_dtype=torch.float16)
             options += [half] if sized else [half, _shrunk(half, budget)]
+        aside = chosen._replace(basis_device="cpu")
+        if not on_cpu and storage.available() >= aside.host_bytes:
+            options.append(aside)
         folder = tempfile.gettempdir()
         spilt = chosen._replace(basis_path=folder)
         if on_cpu and storage.POSSIBLE and not storage.in_memory(folder) and storage.free(folder) >= spilt.disk_bytes:
