@@ -14,7 +14,6 @@ from eigenfunc import endgame, resume, scope
 from eigenfunc.certificate import SHORTER, Products, Riders, seeded, start_block
 from eigenfunc.checkpoint import Checkpoint, Saved
 from eigenfunc.distributed.team import Group
-from eigenfunc.errors import InputError
 from eigenfunc.plan import ends, plan as planned
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
@@ -61,9 +60,9 @@ def eigsh(
     basis_path  a folder on a disk for files without names that hold the basis and the eigenvectors, gone with the
                 tensors or the process; for vectors on the CPU. Results are those without it
     basis_device "cpu" for a basis in page-locked main memory beside an accelerator, read up to six times in a step
-    memory_budget bytes that the solver may take beside the model and the products' own (see `Plan.memory_bytes`; not
-                with `group`). Where they do not suffice the basis is made smaller, down to 1.5k + 4; or halved by
-                float16, for LM and LA and a tol of at least 1e-4; or put aside as `basis_device` or `basis_path` do
+    memory_budget bytes that the solver may take beside the model and the products' own, on each process of a group (see
+                `Plan.memory_bytes`). Where they do not suffice the basis is made smaller, down to 1.5k + 4; or halved
+                by float16, for LM and LA and a tol of at least 1e-4; or put aside as by `basis_device` or `basis_path`
     max_matvecs products that may be spent on solving; those that verify (k fresh ones, the probe, the noise: k + 10
                 as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
     checkpoint  a file, or a `Checkpoint`, which says more of it: the run is saved there, and where the same call finds
@@ -88,7 +87,6 @@ def eigsh(
     K. Wu and H. Simon, Thick-restart Lanczos method, SIAM J. Matrix Anal. Appl. 22 (2000).
     """
     begun = time.perf_counter()
-    _apart(memory_budget, group)
     products = Products(A, group)
     asked: resume.Asked = {"which": which, "k": ends(k, which), "tol": tol}
     asked |= {} if memory_budget is not None else {"basis_dtype": str(basis_dtype)}
@@ -98,7 +96,7 @@ def eigsh(
         begun -= old.facts["seconds"]
     sizes: dict[str, Any] = {"basis_size": basis_size, "block_size": block_size, "basis_dtype": basis_dtype}
     where: dict[str, Any] = {"basis_path": basis_path, "basis_device": basis_device, "memory_budget": memory_budget}
-    plan = planned(products.A, k, which=which, tol=tol, max_matvecs=max_matvecs, **sizes, **where)
+    plan = planned(products.A, k, which=which, tol=tol, max_matvecs=max_matvecs, group=group, **sizes, **where)
     generator, seed = seeded(products.agreed(seed))
     asked |= {name: getattr(plan, name) for name in ("basis_size", "block_size")} | {"seed": seed}
     asked["basis_dtype"] = str(plan.basis_dtype)
@@ -112,11 +110,6 @@ class _Saving(NamedTuple):
     store: Checkpoint
     old: Saved | None
     asked: resume.Asked
-
-
-def _apart(memory_budget: int | None, group: Any) -> None:
-    if memory_budget is not None and group is not None:
-        raise InputError("memory_budget counts whole vectors, of which each process of a group keeps a part: set sizes")
 
 
 def _solve(

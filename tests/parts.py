@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eigenfunc import LinearOperator, checkpoint, eigsh, functional_loss, hessian, tree
+from eigenfunc import LinearOperator, checkpoint, completeness, eigsh, functional_loss, hessian, storage, tree
 from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.distributed.parallel import data_parallel
 from eigenfunc.errors import EigenfuncError
+from eigenfunc.plan import plan
+from tests.accelerator import Accelerator
 from tests.ranks import COUNT, _said, batches, problem
+from tests.test_storage import spectrum
 
 PARTED: dict[str, dict[str, Any]] = {
     "LM": {"k": 3, "tol": 1e-8, "basis_size": 12},
@@ -96,6 +99,35 @@ def parted(rank: int, size: int) -> dict[str, Any]:
     found["written in part"] = _bits(again()) == whole
     found["left aside"] = own.with_name(own.name + ".partial").exists()
     return found
+
+
+def budgeted(rank: int, size: int) -> dict[str, Any]:
+    """Budgets of a group, and what its processes hold; small pieces, and nothing that is held because it is small."""
+    storage.PIECE = plan.__globals__["PIECE"] = 16_384
+    plan.__globals__["FIXED"] = completeness._HELD = 0  # type: ignore[assignment]
+    values, world = spectrum(60_001), dist.group.WORLD
+    A, asked = LinearOperator(lambda v: values * v, values), {"tol": 1e-3, "group": world}
+    found: dict[str, Any] = {"alone": plan(A, 3, tol=1e-3), "free": plan(A, 3, **asked)}
+    budget = found["budget"] = int((0.75, 0.85)[rank] * found["free"].memory_bytes)
+    for name, how in BUDGETED.items():
+        asked = {"tol": 1e-3, "group": world, **how}
+        own = budget if name == "smaller" else None
+        planned = plan(A, 3, **asked, memory_budget=own)
+        with Accelerator() as mode:
+            solution = eigsh(A, 3, **asked, seed=rank, memory_budget=own)
+        off = (solution.values - values.double().sort(descending=True).values[:3]).abs()
+        held = mode.most("cpu"), planned.memory_bytes
+        found[name] = (planned, held, solution.stats.basis_size, bool((off <= solution.bounds).all()))
+    found["one has a budget"] = plan(A, 3, **asked, memory_budget=budget if rank else None).basis_size
+    found["refused"] = _said(lambda: plan(A, 3, **asked, memory_budget=10**12 if rank else 1000))
+    return found
+
+
+BUDGETED: dict[str, dict[str, Any]] = {
+    "smaller": {},
+    "blocks": {"block_size": 3},
+    "half": {"basis_dtype": torch.float16},
+}
 
 
 def killed(rank: int, size: int) -> dict[str, Any]:

@@ -72,3 +72,23 @@ def test_a_run_of_which_a_process_is_killed_goes_on(tmp_path: Path) -> None:
     for found in ranks.together("killed", 2, tmp_path):
         assert found["bits"] == found["whole"]
         assert found["calls"] < json.loads(found["bits"][0])["matvecs"] - 8
+
+
+def test_a_budget_is_that_of_each_process_and_the_smallest_counts(tmp_path: Path) -> None:
+    first, second = ranks.together("budgeted", 2, tmp_path)
+    alone, free = first["alone"], first["free"]
+    assert free.basis_bytes == second["free"].basis_bytes == (alone.basis_bytes + 4 * 24) / 2
+    assert free.memory_bytes < alone.memory_bytes
+    assert "the part of one of 2 processes" in str(free)
+    for name in parts.BUDGETED:
+        assert first[name][0] == second[name][0]
+        for planned, (held, allowed), size, true in (first[name], second[name]):
+            assert held <= allowed
+            assert size == planned.basis_size
+            assert true
+    planned = first["smaller"][0]
+    assert planned.basis_size < free.basis_size
+    assert first["smaller"][1][1] <= first["budget"] < second["budget"]
+    assert first["one has a budget"] == second["one has a budget"] < free.basis_size
+    assert first["refused"] == second["refused"]
+    assert first["refused"][0] == "BudgetError"

@@ -225,8 +225,3 @@ def test_a_run_within_a_budget_goes_on_from_its_checkpoint(tmp_path: Path, monke
     with pytest.raises(Stopped):
         eigsh(A, 5, checkpoint=Checkpoint(tmp_path / "run", stop=lambda: next(calls)), **arguments)
     assert torch.equal(eigsh(A, 5, checkpoint=tmp_path / "run", **arguments).values, whole.values)
-
-
-def test_a_budget_for_a_group_is_refused() -> None:
-    with pytest.raises(InputError, match="whole vectors"):
-        eigsh(torch.eye(4), 1, memory_budget=2**30, group=object())  # type: ignore[arg-type]
