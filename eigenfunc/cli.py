@@ -202,12 +202,8 @@ def _run(args: argparse.Namespace) -> int:
                 jsonlog.tell("plan", **planned._asdict(), **sizes, expected_matvecs=planned.expected_matvecs)
                 wanted["block_size"] = planned.block_size  # as printed: measured again it may come out otherwise
             with signals.saving(args.checkpoint, args.resume, team) as checkpoint:
-                how: dict[str, Any] = {
-                    "progress": not team.rank and not args.log_json,
-                    "throw": False,
-                    "checkpoint": checkpoint,
-                }
-                solution = eigsh(A, args.k, **wanted, seed=args.seed, **how)
+                shown, wanted["seed"] = not team.rank and not args.log_json, args.seed
+                solution = eigsh(A, args.k, **wanted, progress=shown, checkpoint=checkpoint, throw=False)
             jsonlog.tell("end", **solution.report())
         return first(partial(_finish, args, solution, A, {"problem": str(args.problem)}, {}))
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,6 +129,30 @@ BUDGETED: dict[str, dict[str, Any]] = {
     "blocks": {"block_size": 3},
     "half": {"basis_dtype": torch.float16},
 }
+
+
+def unrenamed(rank: int, size: int) -> dict[str, Any]:
+    """Files that cannot be renamed on rank 1: the first, and then a later one, after which the run is stopped."""
+    A, asked, renames = _shared(), {**PARTED["LM"], "seed": 1, "group": dist.group.WORLD}, [0]
+    replaced, checkpoint.SHARE = os.replace, 1e9
+
+    def refused(source: Any, target: Any) -> None:
+        renames[0] += 1
+        if rank == 1 and renames[0] == at:
+            raise PermissionError(13, "Permission denied")
+        replaced(source, target)
+
+    found: dict[str, Any] = {}
+    for at in (1, 3):
+        renames[0], checkpoint.os.replace = 0, refused
+        store = Checkpoint(f"run{at}", minutes=0, stop=lambda: renames[0] == 6)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            said = _said(partial(eigsh, A, **asked, checkpoint=store))
+        found[at] = (*said, [str(warning.message) for warning in caught])
+    checkpoint.os.replace = replaced
+    found["same"] = _bits(eigsh(A, **asked, checkpoint="run3")) == _bits(eigsh(A, **asked))
+    return found
 
 
 def killed(rank: int, size: int) -> dict[str, Any]:

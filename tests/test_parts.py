@@ -60,6 +60,17 @@ def test_files_of_processes_that_died_while_they_saved_fit_together(pair: list[A
         assert not found["left aside"]
 
 
+def test_a_file_that_one_process_cannot_rename_is_told_to_all_at_once(tmp_path: Path) -> None:
+    for found in ranks.together("unrenamed", 2, tmp_path):
+        kind, said, _ = found[1]  # the very first ends the run
+        assert kind == "CheckpointError"
+        assert "Permission denied" in said
+        kind, _, warned = found[3]  # a later one does not
+        assert kind == "Stopped"
+        assert any("goes on without being saved" in words and "Permission denied" in words for words in warned)
+        assert found["same"]
+
+
 def test_a_run_of_which_a_process_is_killed_goes_on(tmp_path: Path) -> None:
     for kill in ({"product": 9}, {"save": 4}):
         (tmp_path / "kill").write_text(json.dumps(kill))

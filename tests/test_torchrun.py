@@ -199,7 +199,7 @@ def test_failures_under_torchrun_end_it(tmp_path: Path, kind: str, words: str) -
 
 
 def saved(tmp_path: Path, event: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """A run that saves itself, of which one process is killed while it does so, or torchrun told to end all, or none."""
+    """A run that saves itself, of which a process is killed while it does so, or all are told to end, or nothing."""
     (tmp_path / "event").write_text(event)
     options = ("--checkpoint", "run.ckpt", "--seed", "3", "--memory-budget", "1GB", *options)
     return torchrun(tmp_path, "saved", *options)
