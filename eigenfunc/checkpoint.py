@@ -29,7 +29,7 @@ from eigenfunc._version import __version__
 from eigenfunc.distributed.team import Team
 from eigenfunc.errors import CheckpointError, CheckpointWarning, InputError, Stopped
 
-FORMAT = 2
+FORMAT = 3
 SHARE = 0.05  # of the time that saving may take
 _CHUNK = 2**24  # bytes hashed at a time
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')

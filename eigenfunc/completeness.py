@@ -29,7 +29,7 @@ from eigenfunc import storage, tree
 from eigenfunc.certificate import Products, Riders
 from eigenfunc.chance import escape, together
 from eigenfunc.krylov import basis
-from eigenfunc.plan import PROBE, PROBES, Plan, Side
+from eigenfunc.plan import PROBE, Plan, Side
 
 CHANCE = 1e-3  # of overlooking an eigenvalue, on each side
 _WEAK = 1e-4  # coupling² of a Ritz vector over its distance and the size of the wanted values, to be next to nothing
@@ -135,8 +135,6 @@ def search(
     ]
     begun, direction = (products.matvecs, products.passes), None
     free = products.matvecs + (0 if riders is None else len(riders.vectors))
-    counts = [min(plan.block_size, PROBES), *[PROBES] * (CHAINS - 1)]
-    chains = (Chain(products, span, bridge, anorm, generator, count, riders) for count in counts)
     if halfway is not None:
         products.matvecs += halfway.spent
         products.passes += halfway.passes
@@ -144,7 +142,12 @@ def search(
             riders.images = halfway.images.to(products.device, copy=True)
         for part, before in zip(evidence, halfway.before, strict=True):
             part.before, part.rounds = torch.tensor(before, dtype=torch.float64), halfway.chain
-    for index, chain in enumerate(chains):
+    chained = partial(Chain, products, span, bridge, anorm, generator, riders=riders)
+    chain = chained(plan.tried)
+    for index in range(CHAINS):
+        if index:
+            del chain  # before the next takes its memory
+            chain = chained(plan.retried)
         if halfway is not None and index < halfway.chain:
             continue  # but its random vector is drawn again
         if halfway is not None and index == halfway.chain:

@@ -98,7 +98,7 @@ def eigsh(
     where: dict[str, Any] = {"basis_path": basis_path, "basis_device": basis_device, "memory_budget": memory_budget}
     plan = planned(products.A, k, which=which, tol=tol, max_matvecs=max_matvecs, group=group, **sizes, **where)
     generator, seed = seeded(products.agreed(seed))
-    asked |= {name: getattr(plan, name) for name in ("basis_size", "block_size")} | {"seed": seed}
+    asked |= {name: getattr(plan, name) for name in ("basis_size", "block_size", "probes")} | {"seed": seed}
     asked["basis_dtype"] = str(plan.basis_dtype)
     saving = None if store is None else _Saving(store, old, asked)
     return _solve(Run(plan, products, generator, None, plan.basis_dtype), v0, saving, progress, begun, seed, throw)

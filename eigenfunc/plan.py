@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     basis_device: str | None = None  # "cpu" for a basis in the main memory, beside vectors on an accelerator
     kept_bytes: int = 0  # what the operator keeps between products
     processes: int = 1  # of a group, each of which holds a part of the vectors
+    probes: int = PROBES  # random vectors that a proof takes at once where a first try has left it open
 
     @property
     def width(self) -> int:
@@ -74,47 +75,52 @@ class Plan(NamedTuple):
 
     @property
     def working_bytes(self) -> int:
-        """Of memory beside the basis and the products' own, at most: a step, the proof of completeness, the end. But a
-        proof that the first random vectors leave open, which is rare, is tried again: see `retry_bytes`."""
-        return self._working(min(self.block_size, PROBES))
-
-    @property
-    def retry_bytes(self) -> int:
-        """`working_bytes` where the proof has to be tried again, with more random vectors at once, twice as
-        many while those before are still there."""
-        return self._working(2 * PROBES)
-
-    def _working(self, probes: int) -> int:
+        """Of memory beside the basis and the products' own, at most: a step, the proof of completeness, the end."""
+        probes = self.retried
         vector = self.width * self.dtype.itemsize
         rows = self.basis_size + self.block_size
         scratch = 2 * rows * min(PIECE, self.width) * self.dtype.itemsize + FIXED
         if self.processes > 1:  # whole vectors, gathered for a product, or drawn, or returned
             together = max(self.block_size, probes + (self.k if self.block_size > 1 else 0), self.k)
             scratch += max(2 * together, 3) * self.n * self.dtype.itemsize
-        step, proof, held, end = 4 * self.block_size + 2, 6 * probes, PROBE * probes, 5 * self.k + 2
-        proof += 3 * self.k if self.block_size > 1 else 0  # what its first product takes along
+        step, proof, held, end = 4 * self.block_size + 2, 6 * probes, PROBE * probes, 5 * self.k + 3
+        if self.block_size > 1 or self.basis_dtype is not None:
+            proof += 4 * self.k  # what its first product takes along, or pairs that are certified before it
+        if self.basis_dtype is not None:
+            end = 7 * self.k + 5  # those pairs become a basis of their own
         if self.basis_device is not None:
             return scratch + vector * max(step, proof, end)
         if self.basis_path is None or self.basis_dtype is not None:
-            return scratch + vector * max(step, proof + held, end + (held if self.basis_dtype else 0))
+            return scratch + vector * max(step, proof + held, end)
         return scratch + vector * max(step, proof)
 
     @property
+    def tried(self) -> int:
+        """Random vectors that a proof takes at first."""
+        return min(self.block_size, PROBES)
+
+    @property
+    def retried(self) -> int:
+        """Those that it takes where the first have left it open."""
+        return max(self.probes, self.tried)
+
+    @property
     def memory_bytes(self) -> int:
-        """At most, of the solver, a second try at the proof apart: beside the model, what the operator keeps, and what
-        its products need. In a group that is for each process, which holds a part of the vectors. For vectors on an
-        accelerator it is memory of that, see `host_bytes`."""
+        """At most, of the solver: beside the model, what the operator keeps, and what its products need. In a group
+        that is for each process, which holds a part of the vectors. For vectors on an accelerator it is memory of that,
+        see `host_bytes`."""
         return self.working_bytes + (self.basis_bytes if self.place is None else 0)
 
     @property
     def host_bytes(self) -> int:
         """At most, of the main memory beside an accelerator, page-locked: for the basis, and what a proof holds."""
-        return 0 if self.basis_device is None else self.basis_bytes + PROBE * PROBES * self.width * self.dtype.itemsize
+        held = PROBE * self.retried * self.width * self.dtype.itemsize
+        return 0 if self.basis_device is None else self.basis_bytes + held
 
     @property
     def disk_bytes(self) -> int:
         """At most, in files without a name that go with the solution at the latest."""
-        vectors = (2 * PROBE * PROBES + 3 * self.k) * self.width * self.dtype.itemsize
+        vectors = (PROBE * self.retried + 3 * self.k) * self.width * self.dtype.itemsize
         return 0 if self.basis_path is None else self.basis_bytes + vectors
 
     @property
@@ -135,8 +141,7 @@ class Plan(NamedTuple):
         lines = {
             "basis": f"{tree.gibibytes(self.basis_bytes)} {place}: {self.basis_size} + {self.block_size} vectors of "
             f"{self.n:,} in {dtype}{share}",
-            "at work": f"{tree.gibibytes(self.working_bytes)} at most, the end with its vectors included; a second "
-            f"try at the proof, rarely due, up to {tree.gibibytes(self.retry_bytes)}",
+            "at work": f"{tree.gibibytes(self.working_bytes)} at most, the proof and the end with its vectors included",
             "kept": f"{tree.gibibytes(self.kept_bytes)} by the operator, graphs of the gradient",
             "products": f"{low} to {high} as a rule{block}, {self.max_matvecs} at most beside those that verify",
         }
@@ -325,7 +330,9 @@ def _check_room(chosen: Plan) -> None:
 
 def _within(chosen: Plan, room: _Room, *, sized: bool) -> Plan:
     """The first that fits: as chosen, a smaller basis, one in half precision, one in the main memory beside an
-    accelerator, one on disk."""
+    accelerator, one on disk. Of these none is given up for the random vectors of later tries at a proof: those are as
+    many as the memory then allows."""
+    most, chosen = chosen.probes, chosen._replace(probes=chosen.tried)
     options, budget = [chosen], room.budget
     if chosen.place is None:
         options += [] if sized else [_shrunk(chosen, budget)]
@@ -340,7 +347,8 @@ def _within(chosen: Plan, room: _Room, *, sized: bool) -> Plan:
             options.append(spilt)
     for option in options:
         if option.memory_bytes <= budget:
-            return option
+            counts = (option._replace(probes=probes) for probes in range(most, option.tried, -1))
+            return next((plan for plan in counts if plan.memory_bytes <= budget), option)
     least = min(options, key=lambda option: option.memory_bytes)
     raise BudgetError(
         f"memory_budget {tree.gibibytes(budget)} is too small for k = {chosen.k} and n = {chosen.n:,}: the least that "

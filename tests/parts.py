@@ -109,7 +109,7 @@ def budgeted(rank: int, size: int) -> dict[str, Any]:
     values, world = spectrum(60_001), dist.group.WORLD
     A, asked = LinearOperator(lambda v: values * v, values), {"tol": 1e-3, "group": world}
     found: dict[str, Any] = {"alone": plan(A, 3, tol=1e-3), "free": plan(A, 3, **asked)}
-    budget = found["budget"] = int((0.75, 0.85)[rank] * found["free"].memory_bytes)
+    budget = found["budget"] = int((0.9, 0.95)[rank] * found["free"]._replace(probes=1).memory_bytes)
     for name, how in BUDGETED.items():
         asked = {"tol": 1e-3, "group": world, **how}
         own = budget if name == "smaller" else None
