@@ -340,10 +340,10 @@ def _within(chosen: Plan, room: _Room, *, sized: bool) -> Plan:
             half = chosen._replace(basis_dtype=torch.float16)
             options += [half] if sized else [half, _shrunk(half, budget)]
         aside = chosen._replace(basis_device="cpu")
-        if room.aside >= aside.host_bytes:
+        if room.aside >= aside._replace(probes=most).host_bytes:
             options.append(aside)
         spilt = chosen._replace(basis_path=tempfile.gettempdir())
-        if room.disk >= spilt.disk_bytes:
+        if room.disk >= spilt._replace(probes=most).disk_bytes:
             options.append(spilt)
     for option in options:
         if option.memory_bytes <= budget:
