@@ -62,7 +62,7 @@ class Products:
     def _images(self, block: Tensor) -> Tree:
         self.matvecs += block.shape[0]
         self.passes += 1
-        vs = tree.unravel(self.whole(block), self.A.like)
+        vs = tree.unravel(self.whole(block.to(self.device)), self.A.like)
         with tree.summed(None):
             return tree.lifted(self.A.matvec(tree.row(vs, 0))) if block.shape[0] == 1 else self.A.matmat(vs)
 
@@ -249,7 +249,7 @@ class Riders:
     def __call__(self, block: Tensor) -> Tensor:
         if self.images is not None:
             return self.products(block)
-        both = self.products(torch.cat([block, self.vectors]))
+        both = self.products(torch.cat([block.to(self.vectors.device), self.vectors]))
         self.images = both[len(block) :].clone()
         return both[: len(block)]
 

@@ -29,7 +29,7 @@ from eigenfunc._version import __version__
 from eigenfunc.distributed.team import Team
 from eigenfunc.errors import CheckpointError, CheckpointWarning, InputError, Stopped
 
-FORMAT = 2
+FORMAT = 3
 SHARE = 0.05  # of the time that saving may take
 _CHUNK = 2**24  # bytes hashed at a time
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
@@ -161,24 +161,40 @@ def require() -> None:
 def write(path: Path, saved: Saved, team: Team | None = None) -> None:
     """Put `saved` into the file, whole or not at all, and with a team into the files of all or none. `CheckpointError`
     where a disk refuses."""
-    aside, failed = _aside(path), ""
+    aside = _aside(path)
     try:
-        _write(path, saved)
+        _by_all(lambda: _write(path, saved), team)
+    except CheckpointError:
+        aside.unlink(missing_ok=True)
+        raise
+    try:
+        _by_all(lambda: _rename(aside, path), team)
+    except CheckpointError:
+        if team is None:
+            aside.unlink(missing_ok=True)
+        raise
+    _synchronise(path.parent)
+
+
+def _by_all(do: Callable[[], None], team: Team | None) -> None:
+    """`CheckpointError` on every process where one of them cannot do it."""
+    failed = ""
+    try:
+        do()
     except CheckpointError as error:
         failed = str(error)
     if team is not None:
         others = team.gather(failed)
         failed = failed or next((f"rank {rank}: {said}" for rank, said in enumerate(others) if said), "")
     if failed:
-        aside.unlink(missing_ok=True)
         raise CheckpointError(failed)
+
+
+def _rename(aside: Path, path: Path) -> None:
     try:
         os.replace(aside, path)
     except OSError as error:
-        if team is None:
-            aside.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}") from None
-    _synchronise(path.parent)
 
 
 def _aside(path: Path) -> Path:

@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 
 from eigenfunc import archive, demo, jsonlog, plot, problem, report, runlog, signals, tree
 from eigenfunc._version import __version__
-from eigenfunc.certificate import seeded
+from eigenfunc.checkpoint import part_of
 from eigenfunc.curvature.hessian import hessian
 from eigenfunc.distributed.deal import share
 from eigenfunc.distributed.parallel import data_parallel
-from eigenfunc.distributed.team import alone, first, launched
+from eigenfunc.distributed.team import Team, alone, first, launched
 from eigenfunc.eigsh import eigsh
 from eigenfunc.errors import DistributedError, EigenfuncError, FileError, InputError
 from eigenfunc.layers import eigsh_blocks
@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help="start afresh and save the run there, at restarts, every ten minutes, and on SIGINT and SIGTERM, which "
-        "end it with exit codes 130 and 143 (a second one at once); only a file of the same problem is replaced; not "
-        "under torchrun",
+        "end it with exit codes 130 and 143 (a second one at once); only a file of the same problem is replaced; under "
+        "torchrun a file of each process, PATH.rank0 and so on",
     )
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint, where there is one")
     run.add_argument(
@@ -189,29 +189,27 @@ def _dense_truth(A: LinearOperator, k: int) -> Tensor:
 def _run(args: argparse.Namespace) -> int:
     if args.resume and args.checkpoint is None:
         raise InputError("--resume needs --checkpoint PATH, the file to go on from")
-    if args.checkpoint is not None and not alone():
-        raise InputError(
-            "--checkpoint is for one process: each of several would save at times of its own, and the files of a run "
-            "that was killed would not fit together. Leave it out under torchrun"
-        )
-    with launched(args.timeout) as (rank, size), redirect_stdout(io.StringIO()) if rank else nullcontext():
+    with launched(args.timeout) as team, redirect_stdout(io.StringIO()) if team.rank else nullcontext():
         with problem.traced(args.problem):
-            A = _operator(args.problem, rank, size)
-            wanted: dict[str, Any] = {"which": args.which, "tol": args.tol}
+            A = _operator(args.problem, team.rank, team.size)
+            wanted: dict[str, Any] = {"which": args.which, "tol": args.tol, "group": team.group}
             wanted |= {"memory_budget": args.memory_budget, "basis_path": args.basis_path}
             jsonlog.tell("start", problem=str(args.problem), k=args.k, n=A.size, operator=A.describe())
-            if not (args.resume and args.checkpoint.exists()):  # that run has its plan already
+            if not (args.resume and first(partial(_saved, args.checkpoint, team))):  # that run has its plan already
                 planned = plan(A, args.k, **wanted)
                 print(planned)
                 sizes = {"memory_bytes": planned.memory_bytes, "basis_bytes": planned.basis_bytes}
                 jsonlog.tell("plan", **planned._asdict(), **sizes, expected_matvecs=planned.expected_matvecs)
                 wanted["block_size"] = planned.block_size  # as printed: measured again it may come out otherwise
-            wanted["seed"] = args.seed if size == 1 else first(lambda: seeded(args.seed)[1])
-            with signals.saving(args.checkpoint, args.resume) as checkpoint:
-                shown = not rank and not args.log_json
+            with signals.saving(args.checkpoint, args.resume, team) as checkpoint:
+                shown, wanted["seed"] = not team.rank and not args.log_json, args.seed
                 solution = eigsh(A, args.k, **wanted, progress=shown, checkpoint=checkpoint, throw=False)
             jsonlog.tell("end", **solution.report())
         return first(partial(_finish, args, solution, A, {"problem": str(args.problem)}, {}))
+
+
+def _saved(path: Path, team: Team) -> bool:
+    return path.exists() if team.group is None else part_of(path, team.rank).exists()
 
 
 def _density(args: argparse.Namespace) -> int:

@@ -25,11 +25,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfunc import tree
+from eigenfunc import storage, tree
 from eigenfunc.certificate import Products, Riders
 from eigenfunc.chance import escape, together
 from eigenfunc.krylov import basis
-from eigenfunc.plan import PROBE, PROBES, Plan, Side
+from eigenfunc.plan import PROBE, Plan, Side
 
 CHANCE = 1e-3  # of overlooking an eigenvalue, on each side
 _WEAK = 1e-4  # coupling² of a Ritz vector over its distance and the size of the wanted values, to be next to nothing
@@ -135,16 +135,19 @@ def search(
     ]
     begun, direction = (products.matvecs, products.passes), None
     free = products.matvecs + (0 if riders is None else len(riders.vectors))
-    counts = [min(plan.block_size, PROBES), *[PROBES] * (CHAINS - 1)]
-    chains = (Chain(products, span, bridge, anorm, generator, count, riders) for count in counts)
     if halfway is not None:
         products.matvecs += halfway.spent
         products.passes += halfway.passes
         if riders is not None and halfway.images is not None:
-            riders.images = halfway.images.clone()
+            riders.images = halfway.images.to(products.device, copy=True)
         for part, before in zip(evidence, halfway.before, strict=True):
             part.before, part.rounds = torch.tensor(before, dtype=torch.float64), halfway.chain
-    for index, chain in enumerate(chains):
+    chained = partial(Chain, products, span, bridge, anorm, generator, riders=riders)
+    chain = chained(plan.tried)
+    for index in range(CHAINS):
+        if index:
+            del chain  # before the next takes its memory
+            chain = chained(plan.retried)
         if halfway is not None and index < halfway.chain:
             continue  # but its random vector is drawn again
         if halfway is not None and index == halfway.chain:
@@ -266,12 +269,12 @@ class Chain:
         self.bridge = bridge
         self.rounding = products.rounding(anorm)
         self.least = 10 * products.eps * anorm
-        self.mix = (span.s @ span.s.mT).to(span.vectors.device)
+        self.mix = (span.s @ span.s.mT).to(products.device)
         self.size = products.size - len(span.theta)
         self.count = count
         self.room = max(PROBE, _HELD // (count * products.size))
-        rows = basis.allocate(span.vectors, self.room * count)  # on disk where those are
-        self.rows = rows.reshape(self.room, count * products.width)
+        row = torch.empty(1, count * products.width, dtype=products.dtype, device=products.device)
+        self.rows = basis.allocate(row, self.room, place=storage.place_of(span.vectors, products.device))
         self.held = self.rows[:0]
         start = torch.cat([products.random(generator) for _ in range(count)])
         for _ in range(3):
@@ -287,7 +290,8 @@ class Chain:
         return len(self.alphas)
 
     def halfway(self, index: int, spent: int, passes: int, before: list[list[float]]) -> Halfway:
-        vectors = torch.cat([self.held, self.previous.reshape(1, -1), self.q.reshape(1, -1)])
+        pair = (part.reshape(1, -1).to(self.held.device) for part in (self.previous, self.q))
+        vectors = torch.cat([self.held, *pair])
         images = None if self.riders is None else self.riders.images
         return Halfway(index, spent, passes, before, list(self.alphas), list(self.betas), vectors, images)
 
@@ -296,7 +300,7 @@ class Chain:
         self.alphas, self.betas = list(halfway.alphas), list(halfway.betas)
         parts = torch.split(halfway.vectors, [len(halfway.vectors) - 2, 1, 1])
         self._hold(parts[0])
-        pair = (part.clone() for part in parts[1:])  # aligned in memory as before, for BLAS
+        pair = (part.to(self.q.device, copy=True) for part in parts[1:])  # aligned in memory as before, for BLAS
         self.previous, self.q = (part.reshape(self.count, -1) for part in pair)
 
     def _hold(self, vectors: Tensor) -> None:
@@ -353,7 +357,7 @@ class Chain:
     def ritz_vector(self, sign: int) -> Tensor:
         values, vectors = self._projected(len(self.held))
         weights = vectors[:, int(torch.argmax(sign * values))]
-        block: Tensor = tree.combine(weights[None].to(self.held.device), self.held).reshape(self.count, -1)
+        block: Tensor = tree.combine(weights[None].to(self.q.device), self.held).reshape(self.count, -1)
         if self.count > 1:  # close to a multiple of one eigenvector in each row
             block = tree.combine(torch.linalg.eigh(tree.exact_gram(block, block))[1][:, -1:].mT, block)
         return block

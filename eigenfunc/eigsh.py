@@ -14,7 +14,6 @@ from eigenfunc import endgame, resume, scope
 from eigenfunc.certificate import SHORTER, Products, Riders, seeded, start_block
 from eigenfunc.checkpoint import Checkpoint, Saved
 from eigenfunc.distributed.team import Group
-from eigenfunc.errors import InputError
 from eigenfunc.plan import ends, plan as planned
 from eigenfunc.solution import Solution
 from eigenfunc.thick_restart import Run, search
@@ -36,6 +35,7 @@ def eigsh(
     block_size: int | None = None,
     basis_dtype: torch.dtype | None = None,
     basis_path: str | os.PathLike[str] | None = None,
+    basis_device: str | torch.device | None = None,
     memory_budget: int | None = None,
     max_matvecs: int | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
@@ -57,12 +57,12 @@ def eigsh(
                 measured to be so cheap that it makes up for needing more of them
     basis_dtype torch.float16 or torch.bfloat16 halve the memory of the basis and limit residuals to about 1e-4 and
                 1e-3 of ‖A‖, the errors of values to their squares; default: the dtype of the products
-    basis_path  a folder, on a disk and not in memory, for files without names that hold the basis and the eigenvectors,
-                gone with the tensors or the process; for vectors on the CPU. Results are those without it
-    memory_budget bytes that the solver may take beside the model and the products' own (see `Plan.memory_bytes`; not
-                with `group`, and a proof that takes a second attempt may take more). Where they do not suffice the
-                basis is made smaller, down to 1.5k + 4; or halved by float16, for LM and LA and a tol of at least
-                1e-4; or put on disk, into the temporary folder
+    basis_path  a folder on a disk for files without names that hold the basis and the eigenvectors, gone with the
+                tensors or the process; for vectors on the CPU. Results are those without it
+    basis_device "cpu" for a basis in page-locked main memory beside an accelerator, read up to six times in a step
+    memory_budget bytes that the solver may take beside the model and the products' own, on each process of a group (see
+                `Plan.memory_bytes`). Where they do not suffice the basis is made smaller, down to 1.5k + 4; or halved
+                by float16, for LM and LA and a tol of at least 1e-4; or put aside as by `basis_device` or `basis_path`
     max_matvecs products that may be spent on solving; those that verify (k fresh ones, the probe, the noise: k + 10
                 as a rule, more where values lie close beyond the wanted ones) come on top. Default max(1000, 50 k)
     checkpoint  a file, or a `Checkpoint`, which says more of it: the run is saved there, and where the same call finds
@@ -77,30 +77,28 @@ def eigsh(
     counted: by Sylvester's law of inertia from what was multiplied, and by a Lanczos chain from a random vector for the
     rest. Whatever the spectrum and the start vector, the chance that an eigenvalue beyond the tolerance of the last
     wanted one escapes is at most one in a thousand on each side; `bounds` are widened by what could not be excluded.
-    Residuals come from fresh products. There is no `sigma`: values inside the spectrum need the inverse of A − σ, which
-    products alone do not give at a fair price.
+    Residuals come from fresh products. There is no `sigma`: values inside need the inverse of A − σ, at no fair price.
 
     Raises `InputError` for arguments out of range, `BudgetError` where nothing fits into the budget, `StorageError`
-    where the disk does not take the basis, `TreeError` for a `v0` of another structure, `NonFiniteError`
-    for a product with NaN, `TransformError` inside a torch.func transform, `CheckpointError` for a file that is
-    damaged, of another problem or not to be written, `Stopped` where the checkpoint asks for it, and `NotConverged`.
+    where disk or main memory do not take the basis, `TreeError` for a `v0` of another structure, `NonFiniteError` for a
+    product with NaN, `TransformError` inside a torch.func transform, `CheckpointError` for a file that is damaged, of
+    another problem or not to be written, `Stopped` where the checkpoint asks for it, and `NotConverged`.
 
-    K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, SIAM J. Matrix Anal.
-    Appl. 22 (2000).
+    K. Wu and H. Simon, Thick-restart Lanczos method, SIAM J. Matrix Anal. Appl. 22 (2000).
     """
     begun = time.perf_counter()
-    _apart(memory_budget, group)
-    products, given = Products(A, group), {} if memory_budget is not None else {"basis_dtype": str(basis_dtype)}
-    asked: resume.Asked = {"which": which, "k": ends(k, which), "tol": tol, **given}
+    products = Products(A, group)
+    asked: resume.Asked = {"which": which, "k": ends(k, which), "tol": tol}
+    asked |= {} if memory_budget is not None else {"basis_dtype": str(basis_dtype)}
     store, old = resume.opened(checkpoint, products, asked)
     if old is not None:
         basis_size, block_size, seed = resume.defaults(old, basis_size, block_size, seed)
         begun -= old.facts["seconds"]
-    sizes: dict[str, Any] = {"basis_size": basis_size, "block_size": block_size, "max_matvecs": max_matvecs}
-    sizes |= {"basis_dtype": basis_dtype, "basis_path": basis_path, "memory_budget": memory_budget}
-    plan = planned(products.A, k, which=which, tol=tol, **sizes)
+    sizes: dict[str, Any] = {"basis_size": basis_size, "block_size": block_size, "basis_dtype": basis_dtype}
+    where: dict[str, Any] = {"basis_path": basis_path, "basis_device": basis_device, "memory_budget": memory_budget}
+    plan = planned(products.A, k, which=which, tol=tol, max_matvecs=max_matvecs, group=group, **sizes, **where)
     generator, seed = seeded(products.agreed(seed))
-    asked |= {name: getattr(plan, name) for name in ("basis_size", "block_size")} | {"seed": seed}
+    asked |= {name: getattr(plan, name) for name in ("basis_size", "block_size", "probes")} | {"seed": seed}
     asked["basis_dtype"] = str(plan.basis_dtype)
     saving = None if store is None else _Saving(store, old, asked)
     return _solve(Run(plan, products, generator, None, plan.basis_dtype), v0, saving, progress, begun, seed, throw)
@@ -112,11 +110,6 @@ class _Saving(NamedTuple):
     store: Checkpoint
     old: Saved | None
     asked: resume.Asked
-
-
-def _apart(memory_budget: int | None, group: Any) -> None:
-    if memory_budget is not None and group is not None:
-        raise InputError("memory_budget counts whole vectors, of which each process of a group keeps a part: set sizes")
 
 
 def _solve(

@@ -30,6 +30,7 @@ def prove(run: Run, x: Tensor, probe: Probe | None = None) -> Proof:
     `run.probe`, or one of the solver's own. All products count as verification."""
     solving = run.spent
     certified = run.certified(x)
+    del x  # as much memory as the pairs
     run.anorm = max(run.anorm, float((certified.values.abs() + certified.residuals).max()))
     met = certified.residuals <= run.target(certified.values)
     finding = completeness.Finding(completeness.ALL if len(met) == run.plan.n else completeness.UNKNOWN, None)

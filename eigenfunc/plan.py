@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from eigenfunc import storage, tree
 from eigenfunc.certificate import check_tolerance, whole
+from eigenfunc.distributed.team import Group, Team, team_of
 from eigenfunc.errors import BudgetError, InputError, StorageError
 from eigenfunc.operator import aslinearoperator
 from eigenfunc.storage import PIECE
@@ -49,46 +52,75 @@ class Plan(NamedTuple):
     dtype: torch.dtype = torch.float32  # of the products
     basis_dtype: torch.dtype | None = None  # a shorter one for the basis
     basis_path: str | None = None  # the folder that holds the basis, instead of the memory
+    basis_device: str | None = None  # "cpu" for a basis in the main memory, beside vectors on an accelerator
     kept_bytes: int = 0  # what the operator keeps between products
+    processes: int = 1  # of a group, each of which holds a part of the vectors
+    probes: int = PROBES  # random vectors that a proof takes at once where a first try has left it open
+
+    @property
+    def width(self) -> int:
+        """Entries of the part of a vector that a process holds."""
+        return -(-self.n // self.processes)
+
+    @property
+    def place(self) -> storage.Place:
+        """Where the basis is, if not where the vectors are."""
+        return torch.device(self.basis_device) if self.basis_path is None and self.basis_device else self.basis_path
 
     @property
     def basis_bytes(self) -> int:
-        """Of the basis, in memory or on disk."""
+        """Of the basis, wherever it is."""
         rows = self.basis_size + self.block_size
-        return rows * self.n * (self.basis_dtype or self.dtype).itemsize
+        return rows * self.width * (self.basis_dtype or self.dtype).itemsize
 
     @property
     def working_bytes(self) -> int:
-        """Of memory beside the basis and the products' own, at most: a step, the proof of completeness, the end. But a
-        proof that the first random vectors leave open, which is rare, is tried again: see `retry_bytes`."""
-        return self._working(min(self.block_size, PROBES))
-
-    @property
-    def retry_bytes(self) -> int:
-        """`working_bytes` where the proof has to be tried again, with more random vectors at once, twice as
-        many while those before are still there."""
-        return self._working(2 * PROBES)
-
-    def _working(self, probes: int) -> int:
-        vector = self.n * self.dtype.itemsize
+        """Of memory beside the basis and the products' own, at most: a step, the proof of completeness, the end."""
+        probes = self.retried
+        vector = self.width * self.dtype.itemsize
         rows = self.basis_size + self.block_size
-        scratch = 2 * rows * min(PIECE, self.n) * self.dtype.itemsize + FIXED
-        step, proof, held, end = 4 * self.block_size + 2, 6 * probes, PROBE * probes, 5 * self.k + 2
-        proof += 3 * self.k if self.block_size > 1 else 0  # what its first product takes along
+        scratch = 2 * rows * min(PIECE, self.width) * self.dtype.itemsize + FIXED
+        if self.processes > 1:  # whole vectors, gathered for a product, or drawn, or returned
+            together = max(self.block_size, probes + (self.k if self.block_size > 1 else 0), self.k)
+            scratch += max(2 * together, 3) * self.n * self.dtype.itemsize
+        step, proof, held, end = 4 * self.block_size + 2, 6 * probes, PROBE * probes, 5 * self.k + 3
+        if self.block_size > 1 or self.basis_dtype is not None:
+            proof += 4 * self.k  # what its first product takes along, or pairs that are certified before it
+        if self.basis_dtype is not None:
+            end = 7 * self.k + 5  # those pairs become a basis of their own
+        if self.basis_device is not None:
+            return scratch + vector * max(step, proof, end)
         if self.basis_path is None or self.basis_dtype is not None:
-            return scratch + vector * max(step, proof + held, end + (held if self.basis_dtype else 0))
+            return scratch + vector * max(step, proof + held, end)
         return scratch + vector * max(step, proof)
 
     @property
+    def tried(self) -> int:
+        """Random vectors that a proof takes at first."""
+        return min(self.block_size, PROBES)
+
+    @property
+    def retried(self) -> int:
+        """Those that it takes where the first have left it open."""
+        return max(self.probes, self.tried)
+
+    @property
     def memory_bytes(self) -> int:
-        """At most, of the solver, a second try at the proof apart: beside the model, what the operator keeps, and what
-        its products need. Whole vectors are counted, of which each process of a group holds a part only."""
-        return self.working_bytes + (self.basis_bytes if self.basis_path is None else 0)
+        """At most, of the solver: beside the model, what the operator keeps, and what its products need. In a group
+        that is for each process, which holds a part of the vectors. For vectors on an accelerator it is memory of that,
+        see `host_bytes`."""
+        return self.working_bytes + (self.basis_bytes if self.place is None else 0)
+
+    @property
+    def host_bytes(self) -> int:
+        """At most, of the main memory beside an accelerator, page-locked: for the basis, and what a proof holds."""
+        held = PROBE * self.retried * self.width * self.dtype.itemsize
+        return 0 if self.basis_device is None else self.basis_bytes + held
 
     @property
     def disk_bytes(self) -> int:
         """At most, in files without a name that go with the solution at the latest."""
-        vectors = (2 * PROBE * PROBES + 3 * self.k) * self.n * self.dtype.itemsize
+        vectors = (PROBE * self.retried + 3 * self.k) * self.width * self.dtype.itemsize
         return 0 if self.basis_path is None else self.basis_bytes + vectors
 
     @property
@@ -104,12 +136,13 @@ class Plan(NamedTuple):
         expected = str(low) if low == high else f"{low} to {high}"
         dtype = str(self.basis_dtype or self.dtype).removeprefix("torch.")
         place = "in memory" if self.basis_path is None else f"on disk in {self.basis_path}"
+        place = "in the main memory" if self.basis_device else place
+        share = "" if self.processes == 1 else f", the part of one of {self.processes} processes"
         block = "" if self.block_size == 1 else f", in blocks of {self.block_size}"
         lines = {
             "basis": f"{tree.gibibytes(self.basis_bytes)} {place}: {self.basis_size} + {self.block_size} vectors of "
-            f"{self.n:,} in {dtype}",
-            "at work": f"{tree.gibibytes(self.working_bytes)} at most, the end with its vectors included; a second "
-            f"try at the proof, rarely due, up to {tree.gibibytes(self.retry_bytes)}",
+            f"{self.n:,} in {dtype}{share}",
+            "at work": f"{tree.gibibytes(self.working_bytes)} at most, the proof and the end with its vectors included",
             "kept": f"{tree.gibibytes(self.kept_bytes)} by the operator, graphs of the gradient",
             "products": f"{expected} as a rule{block}, {self.max_matvecs} at most beside those that verify",
         }
@@ -203,8 +236,10 @@ def plan(
     block_size: int | None = None,
     basis_dtype: torch.dtype | None = None,
     basis_path: str | os.PathLike[str] | None = None,
+    basis_device: str | torch.device | None = None,
     max_matvecs: int | None = None,
     memory_budget: int | None = None,
+    group: Group = None,
 ) -> Plan:
     """What `eigsh` would do with these arguments, before it does it: sizes, bytes, and how many products to expect.
 
@@ -212,50 +247,108 @@ def plan(
     blocks and one by one. The bytes are upper limits. How many products it takes depends on the spectrum, which nobody
     knows yet: the range is that of measured runs (see `Plan.expected_matvecs`), and no promise.
 
+    With a group it is called by every process, and the plan is the same on each, as it has to be: the smallest budget
+    counts, and the least main memory and disk that are there for one.
+
     Raises `InputError` for arguments out of range, `BudgetError` where nothing fits into the budget, `StorageError`
-    where the disk is too small.
+    where the disk or the main memory is too small.
     """
     A = aslinearoperator(A)
     tree.check_vector_space(A.like, "the operator's `like`")
     if basis_dtype not in (None, torch.float16, torch.bfloat16):
         raise InputError(f"basis_dtype must be torch.float16 or torch.bfloat16, or left out, got {basis_dtype!r}")
+    team = None if group is None else team_of(group)
     sizes = {"basis_size": basis_size, "block_size": block_size, "max_matvecs": max_matvecs}
-    chosen = plan_for(k, which, tol, A.size, block_ratio=A.block_ratio, **sizes)._replace(
+    chosen = plan_for(k, which, tol, A.size, block_ratio=_agreed(A.block_ratio, team), **sizes)._replace(
         dtype=tree.work_dtype(A.like), basis_dtype=basis_dtype, kept_bytes=A.kept_bytes()
     )
+    chosen = chosen._replace(processes=1 if team is None else team.size)
     on_cpu = tree.device(A.like).type == "cpu"
+    if basis_device is not None:
+        if str(basis_device) != "cpu":
+            raise InputError(f"basis_device must be 'cpu', the main memory, or left out, got {basis_device!r}")
+        chosen = chosen._replace(basis_device=None if on_cpu else "cpu")
     if basis_path is not None:
         if not on_cpu or not os.path.isdir(basis_path):
             what = "needs vectors on the CPU" if os.path.isdir(basis_path) else f"must be a folder, got {basis_path!r}"
             raise InputError(f"basis_path {what}")
         storage.check()
         chosen = chosen._replace(basis_path=os.fspath(basis_path))
-    if memory_budget is not None:
-        budget = whole(memory_budget, "memory_budget", 1)
-        chosen = _within(chosen, budget, sized=basis_size is not None, on_cpu=on_cpu)
+    budget = math.inf if memory_budget is None else whole(memory_budget, "memory_budget", 1)
+    room = None if memory_budget is None and team is None else _room(budget, on_cpu, team)
+    if room is not None and room.budget < math.inf:
+        chosen = _within(chosen, room, sized=basis_size is not None)
+    check = partial(_check_room, chosen)
+    if team is None:
+        check()
+    else:
+        team.attempt(check)
+    return chosen
+
+
+def _agreed(measure: Callable[[], float] | None, team: Team | None) -> Callable[[], float] | None:
+    """A measurement, the largest of all processes."""
+    if measure is None or team is None:
+        return measure
+    return lambda: max(team.gather(measure()))
+
+
+class _Room(NamedTuple):
+    """Bytes that a process may take, the same on each."""
+
+    budget: float  # infinite where none is given
+    aside: float  # of the main memory beside an accelerator
+    disk: float  # of the temporary folder
+
+
+def _room(budget: float, on_cpu: bool, team: Team | None) -> _Room:
+    """What every process has; what is there of a machine is divided by those that run on it."""
+    folder = tempfile.gettempdir()
+    disk = storage.free(folder) if on_cpu and storage.POSSIBLE and not storage.in_memory(folder) else 0
+    own = _Room(budget, 0 if on_cpu else storage.available(), disk)
+    if team is None:
+        return own
+    told = team.gather((socket.gethostname(), own))
+    machines = [machine for machine, _ in told]
+    fair = [(room.budget, *(part / machines.count(at) for part in room[1:])) for at, room in told]
+    return _Room(*map(min, zip(*fair, strict=True)))
+
+
+def _check_room(chosen: Plan) -> None:
+    """`StorageError` where a place that was asked for is too small."""
+    if storage.available() < chosen.host_bytes:
+        raise StorageError(
+            f"the main memory has {tree.gibibytes(storage.available())} free, and the run needs "
+            f"{tree.gibibytes(chosen.host_bytes)} there: leave out basis_device, or take a smaller basis_size"
+        )
     if chosen.basis_path is not None and storage.free(chosen.basis_path) < chosen.disk_bytes:
         raise StorageError(
             f"{chosen.basis_path} has {tree.gibibytes(storage.free(chosen.basis_path))} free, and the run needs "
             f"{tree.gibibytes(chosen.disk_bytes)} there: take another basis_path, or a smaller basis_size"
         )
-    return chosen
 
 
-def _within(chosen: Plan, budget: int, *, sized: bool, on_cpu: bool) -> Plan:
-    """The first that fits: as chosen, a smaller basis, one in half precision, one on disk."""
-    options = [chosen]
-    if chosen.basis_path is None:
+def _within(chosen: Plan, room: _Room, *, sized: bool) -> Plan:
+    """The first that fits: as chosen, a smaller basis, one in half precision, one in the main memory beside an
+    accelerator, one on disk. Of these none is given up for the random vectors of later tries at a proof: those are as
+    many as the memory then allows."""
+    most, chosen = chosen.probes, chosen._replace(probes=chosen.tried)
+    options, budget = [chosen], room.budget
+    if chosen.place is None:
         options += [] if sized else [_shrunk(chosen, budget)]
         if chosen.basis_dtype is None and chosen.which in ("LM", "LA") and chosen.tol >= HALF:
             half = chosen._replace(basis_dtype=torch.float16)
             options += [half] if sized else [half, _shrunk(half, budget)]
-        folder = tempfile.gettempdir()
-        spilt = chosen._replace(basis_path=folder)
-        if on_cpu and storage.POSSIBLE and not storage.in_memory(folder) and storage.free(folder) >= spilt.disk_bytes:
+        aside = chosen._replace(basis_device="cpu")
+        if room.aside >= aside._replace(probes=most).host_bytes:
+            options.append(aside)
+        spilt = chosen._replace(basis_path=tempfile.gettempdir())
+        if room.disk >= spilt._replace(probes=most).disk_bytes:
             options.append(spilt)
     for option in options:
         if option.memory_bytes <= budget:
-            return option
+            counts = (option._replace(probes=probes) for probes in range(most, option.tried, -1))
+            return next((plan for plan in counts if plan.memory_bytes <= budget), option)
     least = min(options, key=lambda option: option.memory_bytes)
     raise BudgetError(
         f"memory_budget {tree.gibibytes(budget)} is too small for k = {chosen.k} and n = {chosen.n:,}: the least that "
@@ -265,7 +358,7 @@ def _within(chosen: Plan, budget: int, *, sized: bool, on_cpu: bool) -> Plan:
     )
 
 
-def _shrunk(chosen: Plan, budget: int) -> Plan:
+def _shrunk(chosen: Plan, budget: float) -> Plan:
     """The largest basis that fits, or the smallest that makes sense."""
     k, block = chosen.k, chosen.block_size
     least = min(max(math.ceil(1.5 * k) + 4, k + 3 + block, SMALLEST), chosen.basis_size)

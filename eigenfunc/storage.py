@@ -1,14 +1,19 @@
-"""Stacks of vectors too large for the memory: in a file that is mapped into it, a few columns at a time.
+"""Stacks of vectors too large for the memory: in a file that is mapped into it, or in the main memory beside an
+accelerator, a few columns at a time.
 
 A stack on disk is an ordinary tensor on the CPU. Whoever goes through one does so in `pieces`, which drop what they
 leave behind from the memory of the process; the system keeps as much of the file as it has memory to spare. What is
 made of such a stack, row for row, goes to a file in the same folder.
+
+A stack beside the accelerator is an ordinary tensor on the CPU too, in page-locked memory. Pieces of it are copied to
+where the vectors are, `near` them, and what is made of them is there.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import mmap
 import os
 import tempfile
@@ -23,6 +28,7 @@ from torch import Tensor
 from eigenfunc.errors import InputError, StorageError
 
 PIECE = 1_048_576  # columns that are worked on at a time: bounds the memory for scratch
+Place = str | torch.device | None  # a folder; a device; or where the vectors are
 POSSIBLE = hasattr(os, "posix_fallocate") and hasattr(mmap, "MADV_DONTNEED")
 _IN_MEMORY = ("tmpfs", "ramfs")
 
@@ -54,15 +60,46 @@ def check() -> None:
         raise InputError("basis_path needs posix_fallocate and madvise, which this system lacks: leave it out")
 
 
-def allocate_like(x: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A zero stack of `rows` vectors shaped as those of the stack x, where x is: on its device, or on disk beside it.
+def allocate_like(x: Tensor, rows: int, dtype: torch.dtype | None = None, place: Place = None) -> Tensor:
+    """A zero stack of `rows` vectors shaped as those of the stack x: at the place, or else where x is, on its device or
+    on disk beside it.
 
     Elsewhere from `x.new_zeros`, so that under vmap the memory carries the batch dimension too.
     """
-    if folder := folder_of(x):
-        flat = allocate(folder, rows, x.shape[1:].numel(), dtype or x.dtype)
-        return flat.reshape(rows, *x.shape[1:])
-    return x.new_zeros((rows, *x.shape[1:]), dtype=dtype or x.dtype)
+    shape, dtype = (rows, *x.shape[1:]), dtype or x.dtype
+    place = place or folder_of(x)
+    if isinstance(place, str):
+        return allocate(place, rows, x.shape[1:].numel(), dtype).reshape(shape)
+    if place is None or place == x.device:
+        return x.new_zeros(shape, dtype=dtype)
+    try:
+        return torch.zeros(shape, dtype=dtype, device=place, pin_memory=_pinned(x.device))
+    except RuntimeError as error:
+        size = math.prod(shape) * dtype.itemsize
+        raise StorageError(f"cannot lock {size / 2**30:.3g} GiB of main memory for {rows} vectors: {error}") from None
+
+
+def _pinned(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def place_of(x: Tensor, device: torch.device) -> Place:
+    """The place of a stack, for vectors on the device."""
+    return folder_of(x) or (x.device if x.device != device else None)
+
+
+def near(part: Tensor, device: torch.device) -> Tensor:
+    """A part of a matrix as it is, or from another device a copy on this one: row by row, since those are contiguous.
+
+    Copies from page-locked memory are not waited for. Nothing overwrites it too early: to write there from the device,
+    as everything here does, waits for what was asked of it before.
+    """
+    if part.device == device:
+        return part
+    out = part.new_empty(part.shape, device=device)
+    for own, row in zip(out, part, strict=True):
+        own.copy_(row, non_blocking=_pinned(device))
+    return out
 
 
 def folder_of(x: Tensor) -> str | None:
@@ -96,6 +133,15 @@ def drop(matrix: Tensor) -> None:
         begin = matrix.data_ptr() + row * matrix.stride(0) * matrix.element_size()
         start = begin - begin % page
         _library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(begin + length - start), mmap.MADV_DONTNEED)
+
+
+def put(target: Tensor, source: Tensor) -> None:
+    """source into a part of a matrix, of the same shape, from another device row by row."""
+    if target.device == source.device:
+        target.copy_(source)
+        return
+    for own, row in zip(target, source, strict=True):
+        own.copy_(row)
 
 
 def copy(target: Tensor, source: Tensor) -> None:
@@ -150,6 +196,20 @@ def free(folder: str | os.PathLike[str]) -> int:
     except OSError as error:
         raise StorageError(f"cannot keep vectors in {folder}: {error}") from None
     return figures.f_bavail * figures.f_frsize
+
+
+def available() -> int:
+    """Free bytes of the main memory, by the word of the operating system and of its limits."""
+    found = [4 * 2**30]  # where nothing is known
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return max(min(found), 0)
 
 
 @cache

@@ -73,7 +73,7 @@ class Run:
         """From an orthonormal block q (b, n) and its image, with room for so many rows or for those of the plan."""
         b = q.shape[0]
         self.rows = rows or self.plan.basis_size + b
-        state = kernel.init(q, image, self.rows, self.basis_dtype, self.plan.basis_path)
+        state = kernel.init(q, image, self.rows, self.basis_dtype, self.plan.place)
         self.state = kernel.absorb(state, image, 0, b, again=where_due)
         self.j = self.width = b
 
@@ -99,12 +99,12 @@ class Run:
         self.limits = completeness.Limits({1: above, -1: below}, proven)
         self.generator.set_state(tensors["generator"])
         like = torch.empty(0, self.products.width, device=device)
-        basis = vectors.allocate(like, self.rows, self.basis_dtype, self.plan.basis_path)
-        vectors.write(basis, 0, tensors["basis"].to(device))
+        basis = vectors.allocate(like, self.rows, self.basis_dtype, self.plan.place)
+        vectors.write(basis, 0, tensors["basis"])
         small = {name: tensors[name].to(device, copy=True) for name in kernel.State._fields if name != "basis"}
         self.state = kernel.State(basis=basis, **small)
         if "probe" in facts:
-            kept: dict[str, Any] = {name: tensors[file].to(device) for name, file in _PROBE.items() if file in tensors}
+            kept: dict[str, Any] = {name: tensors[file] for name, file in _PROBE.items() if file in tensors}
             self.halfway = completeness.Halfway(**kept, **facts["probe"])
 
     def _probing(self, mark: Saved, halfway: Callable[[], completeness.Halfway]) -> None:

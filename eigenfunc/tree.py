@@ -168,7 +168,7 @@ def _of_whole(part: Tensor | None) -> Tensor:
 
 
 def gram(x: Tree, y: Tree) -> Tensor:
-    """Inner products (p, q), in float64, between the stacks x (p, *leaf) and y (q, *leaf)."""
+    """Inner products (p, q), in float64, between the stacks x (p, *leaf) and y (q, *leaf), where y is."""
     total: Tensor | None = None
     for a, b in zip(leaves(x), leaves(y), strict=True):
         part = _gram_leaf(matrix(a), matrix(b))
@@ -176,10 +176,15 @@ def gram(x: Tree, y: Tree) -> Tensor:
     return _of_whole(total)
 
 
-def wide(leaf: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The columns of a matrix (p, entries) in the given dtype: at once, or in slices where that takes a conversion, or
-    where there are many."""
-    if leaf.dtype != dtype:
+def wide(leaf: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The columns of a matrix (p, entries) in the given dtype, and on a device if one is given: at once, or in slices
+    where that takes a conversion, or where there are many."""
+    if device is not None and leaf.device != device:
+        for piece in storage.pieces(leaf):
+            near, start = storage.near(leaf[:, piece], device), piece.start
+            for at, part in wide(near, dtype):
+                yield slice(start + (at.start or 0), start + (at.stop or near.shape[1])), part
+    elif leaf.dtype != dtype:
         yield from ((columns, leaf[:, columns].to(dtype)) for columns in _fine(leaf))
     elif leaf.shape[1] <= storage.PIECE:
         yield slice(None), leaf
@@ -196,8 +201,8 @@ def _fine(*matrices: Tensor) -> Iterator[slice]:
 
 
 def _gram_leaf(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype != b.dtype:
-        parts = [_gram_leaf(part, b[:, columns]) for columns, part in wide(a, b.dtype)]
+    if a.dtype != b.dtype or a.device != b.device:
+        parts = [_gram_leaf(part, b[:, columns]) for columns, part in wide(a, b.dtype, b.device)]
         return torch.stack(parts).sum(0)
     if a.shape[1] > storage.PIECE:
         pieces = [_gram_leaf(a[:, columns], b[:, columns]) for columns in storage.pieces(a, b)]
@@ -234,11 +239,11 @@ def dots(x: Tree, y: Tree) -> Tensor:
 
 def combine(c: Tensor, x: Tree, dtype: torch.dtype | None = None) -> Tree:
     """The stack (q, *leaf) of linear combinations c (q, p) of the stack x (p, *leaf), in a dtype if one is given; on
-    disk where x is."""
+    the device of c, and on disk where x is."""
 
     def one(leaf: Tensor) -> Tensor:
         flat = matrix(leaf)
-        parts = (c.to(part.dtype) @ part for _, part in wide(flat, dtype or leaf.dtype))
+        parts = (c.to(part.dtype) @ part for _, part in wide(flat, dtype or leaf.dtype, c.device))
         out = storage.joined(parts, flat.shape[1], flat)
         return out.reshape(out.shape[:1] + leaf.shape[1:])
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eigenfunc import LinearOperator, checkpoint, eigsh, functional_loss, hessian, tree
+from eigenfunc import LinearOperator, checkpoint, completeness, eigsh, functional_loss, hessian, storage, tree
 from eigenfunc.checkpoint import Checkpoint
 from eigenfunc.distributed.parallel import data_parallel
 from eigenfunc.errors import EigenfuncError
+from eigenfunc.plan import plan
+from tests.accelerator import Accelerator
 from tests.ranks import COUNT, _said, batches, problem
+from tests.test_storage import spectrum
 
 PARTED: dict[str, dict[str, Any]] = {
     "LM": {"k": 3, "tol": 1e-8, "basis_size": 12},
@@ -95,6 +99,59 @@ def parted(rank: int, size: int) -> dict[str, Any]:
     put(kept, later[:-50] if rank == 1 else None)  # and here when not all had been written
     found["written in part"] = _bits(again()) == whole
     found["left aside"] = own.with_name(own.name + ".partial").exists()
+    return found
+
+
+def budgeted(rank: int, size: int) -> dict[str, Any]:
+    """Budgets of a group, and what its processes hold; small pieces, and nothing that is held because it is small."""
+    storage.PIECE = plan.__globals__["PIECE"] = 16_384
+    plan.__globals__["FIXED"] = completeness._HELD = 0  # type: ignore[assignment]
+    values, world = spectrum(60_001), dist.group.WORLD
+    A, asked = LinearOperator(lambda v: values * v, values), {"tol": 1e-3, "group": world}
+    found: dict[str, Any] = {"alone": plan(A, 3, tol=1e-3), "free": plan(A, 3, **asked)}
+    budget = found["budget"] = int((0.9, 0.95)[rank] * found["free"]._replace(probes=1).memory_bytes)
+    for name, how in BUDGETED.items():
+        asked = {"tol": 1e-3, "group": world, **how}
+        own = budget if name == "smaller" else None
+        planned = plan(A, 3, **asked, memory_budget=own)
+        with Accelerator() as mode:
+            solution = eigsh(A, 3, **asked, seed=rank, memory_budget=own)
+        off = (solution.values - values.double().sort(descending=True).values[:3]).abs()
+        held = mode.most("cpu"), planned.memory_bytes
+        found[name] = (planned, held, solution.stats.basis_size, bool((off <= solution.bounds).all()))
+    found["one has a budget"] = plan(A, 3, **asked, memory_budget=budget if rank else None).basis_size
+    found["refused"] = _said(lambda: plan(A, 3, **asked, memory_budget=10**12 if rank else 1000))
+    return found
+
+
+BUDGETED: dict[str, dict[str, Any]] = {
+    "smaller": {},
+    "blocks": {"block_size": 3},
+    "half": {"basis_dtype": torch.float16},
+}
+
+
+def unrenamed(rank: int, size: int) -> dict[str, Any]:
+    """Files that cannot be renamed on rank 1: the first, and then a later one, after which the run is stopped."""
+    A, asked, renames = _shared(), {**PARTED["LM"], "seed": 1, "group": dist.group.WORLD}, [0]
+    replaced, checkpoint.SHARE = os.replace, 1e9
+
+    def refused(source: Any, target: Any) -> None:
+        renames[0] += 1
+        if rank == 1 and renames[0] == at:
+            raise PermissionError(13, "Permission denied")
+        replaced(source, target)
+
+    found: dict[str, Any] = {}
+    for at in (1, 3):
+        renames[0], checkpoint.os.replace = 0, refused
+        store = Checkpoint(f"run{at}", minutes=0, stop=lambda: renames[0] == 6)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            said = _said(partial(eigsh, A, **asked, checkpoint=store))
+        found[at] = (*said, [str(warning.message) for warning in caught])
+    checkpoint.os.replace = replaced
+    found["same"] = _bits(eigsh(A, **asked, checkpoint="run3")) == _bits(eigsh(A, **asked))
     return found
 
 

@@ -60,6 +60,17 @@ def test_files_of_processes_that_died_while_they_saved_fit_together(pair: list[A
         assert not found["left aside"]
 
 
+def test_a_file_that_one_process_cannot_rename_is_told_to_all_at_once(tmp_path: Path) -> None:
+    for found in ranks.together("unrenamed", 2, tmp_path):
+        kind, said, _ = found[1]  # the very first ends the run
+        assert kind == "CheckpointError"
+        assert "Permission denied" in said
+        kind, _, warned = found[3]  # a later one does not
+        assert kind == "Stopped"
+        assert any("goes on without being saved" in words and "Permission denied" in words for words in warned)
+        assert found["same"]
+
+
 def test_a_run_of_which_a_process_is_killed_goes_on(tmp_path: Path) -> None:
     for kill in ({"product": 9}, {"save": 4}):
         (tmp_path / "kill").write_text(json.dumps(kill))
@@ -72,3 +83,23 @@ def test_a_run_of_which_a_process_is_killed_goes_on(tmp_path: Path) -> None:
     for found in ranks.together("killed", 2, tmp_path):
         assert found["bits"] == found["whole"]
         assert found["calls"] < json.loads(found["bits"][0])["matvecs"] - 8
+
+
+def test_a_budget_is_that_of_each_process_and_the_smallest_counts(tmp_path: Path) -> None:
+    first, second = ranks.together("budgeted", 2, tmp_path)
+    alone, free = first["alone"], first["free"]
+    assert free.basis_bytes == second["free"].basis_bytes == (alone.basis_bytes + 4 * 24) / 2
+    assert free.memory_bytes < alone.memory_bytes
+    assert "the part of one of 2 processes" in str(free)
+    for name in parts.BUDGETED:
+        assert first[name][0] == second[name][0]
+        for planned, (held, allowed), size, true in (first[name], second[name]):
+            assert held <= allowed
+            assert size == planned.basis_size
+            assert true
+    planned = first["smaller"][0]
+    assert planned.basis_size < free.basis_size
+    assert first["smaller"][1][1] <= first["budget"] < second["budget"]
+    assert first["one has a budget"] == second["one has a budget"] < free.basis_size
+    assert first["refused"] == second["refused"]
+    assert first["refused"][0] == "BudgetError"

@@ -71,6 +71,24 @@ DATA = {
         return loss(params, batch)
     return hanging, params, Batches([(inputs, targets)] * 200)
 """,
+    "saved": """
+    from pathlib import Path
+    from eigenfunc import checkpoint
+    checkpoint.SHARE, replace, saves = 1e9, os.replace, []
+    def replacing(source, target):
+        saves.append(target)
+        if len(saves) == 3 and os.environ["RANK"] == "1":
+            event = Path("event").read_text()
+            if event == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if event == "stopped":
+                os.kill(os.getppid(), signal.SIGTERM)
+        replace(source, target)
+    checkpoint.os.replace = replacing
+    slopes = torch.linspace(0, 1, 3_000).double() ** 4
+    params = torch.ones(3_000).double()
+    return lambda p, batch: (slopes * p**2).sum() / 2, params, Batches([torch.zeros(1)] * 4)
+""",
     "fails": """
     def failing(params, batch):
         if os.environ["RANK"] == "1":
@@ -136,7 +154,6 @@ def test_the_other_commands_call_a_function_for_data_too(tmp_path: Path, command
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "--checkpoint", "run.safetensors"], "--checkpoint is for one process"),
         (["density"], "torchrun spreads `run` alone"),
         (["layers"], "torchrun spreads `run` alone"),
     ],
@@ -179,6 +196,49 @@ def test_failures_under_torchrun_end_it(tmp_path: Path, kind: str, words: str) -
     assert done.returncode == 1
     assert words in done.stderr, done.stderr
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def saved(tmp_path: Path, event: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """A run that saves itself, of which a process is killed while it does so, or all are told to end, or nothing."""
+    (tmp_path / "event").write_text(event)
+    options = ("--checkpoint", "run.ckpt", "--seed", "3", "--memory-budget", "1GB", *options)
+    return torchrun(tmp_path, "saved", *options)
+
+
+def resumed(tmp_path: Path) -> dict[str, Any]:
+    done = saved(tmp_path, "", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on from run.ckpt") == 1
+    report: dict[str, Any] = json.loads((tmp_path / "out" / "report.json").read_text())
+    values, bounds = (torch.tensor(report[name], dtype=torch.float64) for name in ("values", "bounds"))
+    truth = torch.linspace(0, 1, 3_000).double().pow(4).flip(0)[:4]
+    assert report["converged"] == [True] * 4
+    assert ((values - truth).abs() <= bounds + 1e-12).all()
+    return report
+
+
+def test_a_run_under_torchrun_that_is_killed_while_it_saves_can_be_resumed(tmp_path: Path) -> None:
+    done = saved(tmp_path, "killed")
+    assert done.returncode == 1
+    assert "Signal 9 (SIGKILL) received by PID" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert "the part of one of 2 processes" in done.stdout
+    resumed(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_torchrun_is_told_to_end_is_saved_by_all_and_resumed_bit_for_bit(tmp_path: Path) -> None:
+    done = saved(tmp_path, "stopped")
+    assert done.returncode == 1
+    assert done.stderr.count("go on from there with --resume") == 2, done.stderr
+    found = resumed(tmp_path)
+    for part in tmp_path.glob("run.ckpt*"):
+        part.unlink()
+    assert saved(tmp_path, "").returncode == 0
+    whole = json.loads((tmp_path / "out" / "report.json").read_text())
+    for report in (found, whole):
+        del report["seconds"], report["peak_memory_bytes"], report["operator"]
+    assert found == whole
 
 
 @pytest.mark.slow

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from eigenfunc import scope, tree
+from eigenfunc import scope, storage, tree
 from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.products import Product, embedded
 from eigenfunc.data import Reader, average
@@ -299,19 +297,8 @@ def budget_for(cache: int | str, device: torch.device) -> int:
 
 
 def available(device: torch.device) -> int:
-    """Free bytes on the device, by its own word; on the CPU by that of the operating system and of its limits."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = [4 * 2**30]  # where nothing is known
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        free = [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        free.append(int(limit.read_text()) - int(used.read_text()))
-    return max(min(free), 0)
+    """Free bytes on the device, by its own word; those of the main memory on the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else storage.available()
 
 
 @contextmanager

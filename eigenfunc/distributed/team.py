@@ -77,6 +77,9 @@ class Team(NamedTuple):
             ) from error
 
 
+ALONE = Team(None, 0, 1)
+
+
 def team_of(group: Group) -> Team:
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError(
@@ -105,13 +108,13 @@ def alone() -> bool:
 
 
 @contextmanager
-def launched(timeout: float) -> Iterator[tuple[int, int]]:
-    """(rank, world size) with a process group if torchrun started this program, (0, 1) if not.
+def launched(timeout: float) -> Iterator[Team]:
+    """All processes, joined in a group, if torchrun started this program; a team of one without a group if not.
 
     timeout  seconds after which processes give up waiting for another
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield 0, 1
+        yield ALONE
         return
     own = not dist.is_initialized()
     if own:
@@ -119,7 +122,7 @@ def launched(timeout: float) -> Iterator[tuple[int, int]]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(timeout=timedelta(seconds=timeout))
     try:
-        yield dist.get_rank(), dist.get_world_size()
+        yield team_of(dist.group.WORLD) if dist.get_world_size() > 1 else ALONE
     finally:
         if own:
             dist.destroy_process_group()

@@ -15,17 +15,10 @@ from eigenfunc import storage, tree
 from eigenfunc.tree import Tree
 
 
-def allocate(block: Tree, num_rows: int, dtype: torch.dtype | None = None, folder: str | None = None) -> Tree:
-    """A zero stack (num_rows, *leaf) shaped after the stack `block`, in its dtypes or in another one; on disk in
-    `folder`, or else where the block is."""
-
-    def one(leaf: Tensor) -> Tensor:
-        if folder is None:
-            return storage.allocate_like(leaf, num_rows, dtype)
-        flat = storage.allocate(folder, num_rows, leaf.shape[1:].numel(), dtype or leaf.dtype)
-        return flat.reshape(num_rows, *leaf.shape[1:])
-
-    return tree.tree_map(one, block)
+def allocate(block: Tree, num_rows: int, dtype: torch.dtype | None = None, place: storage.Place = None) -> Tree:
+    """A zero stack (num_rows, *leaf) shaped after the stack `block`, in its dtypes or in another one; at a place, or
+    else where the block is."""
+    return tree.tree_map(lambda leaf: storage.allocate_like(leaf, num_rows, dtype, place), block)
 
 
 def write(target: Tree, start: int, block: Tree) -> Tree:
@@ -66,7 +59,7 @@ def subtract(block: Tree, coefficients: Tensor, basis: Tree) -> Tree:
         flat, weights = tree.matrix(w), coefficients.mT.to(w.dtype)
         parts = (
             torch.addmm(flat[:, columns], weights, part, alpha=-1)
-            for columns, part in tree.wide(tree.matrix(v), w.dtype)
+            for columns, part in tree.wide(tree.matrix(v), w.dtype, w.device)
         )
         return storage.joined(parts, flat.shape[1], flat).reshape(w.shape)
 
@@ -134,7 +127,7 @@ def orthogonal_to(vector: Tree, basis: Tree) -> Tree:
 def rotate(basis: Tree, s: Tensor, tail: int) -> Tree:
     """Rows [0, p) become sᵀ basis[:j] for s (j, p), rows [p, p+tail) the old rows [j, j+tail); in place.
 
-    Works on slices of columns, so that no second basis is ever in memory.
+    Works on slices of columns, where s is, so that no second basis is ever in memory.
     """
     j, p = s.shape
 
@@ -144,8 +137,10 @@ def rotate(basis: Tree, s: Tensor, tail: int) -> Tree:
         weights = s.mT.to(exact)
         for piece in storage.pieces(flat):
             columns = flat[:, piece]
-            columns[:p] = weights @ columns[:j].to(exact)
-            columns[p : p + tail] = columns[j : j + tail].clone()
+            old = storage.near(columns[: j + tail], s.device)
+            mixed, coming = weights @ old[:j].to(exact), old[j:].clone()
+            storage.put(columns[:p], mixed)
+            storage.put(columns[p : p + tail], coming)
         return leaf
 
     return tree.tree_map(one, basis)

@@ -41,14 +41,14 @@ def _always(large: Tensor) -> bool:
     return True
 
 
-def init(q: Tree, product: Tree, num_rows: int, dtype: torch.dtype | None = None, folder: str | None = None) -> State:
+def init(q: Tree, product: Tree, num_rows: int, dtype: torch.dtype | None = None, place: storage.Place = None) -> State:
     """State whose first coming rows are the orthonormal q (b, *leaf); their image only lends dtype and batching.
 
-    The basis can be stored in another dtype, a shorter one, and on disk in a folder; sums are carried in the dtype of
+    The basis can be stored in another dtype, a shorter one, and at a place of its own; sums are carried in the dtype of
     the products.
     """
     like = tree.add(q, product)
-    basis = vectors.write(vectors.allocate(like, num_rows, dtype, folder), 0, q)
+    basis = vectors.write(vectors.allocate(like, num_rows, dtype, place), 0, q)
     g = tree.gram(like, like)
     zero = g.new_zeros(())
     alive = vectors.write(g.new_zeros(num_rows), 0, g.new_ones(g.shape[0]))
