@@ -1,15 +1,11 @@
-"""A device that is not the CPU, on a machine without one: tensors that say so, and the arithmetic of the CPU behind them.
+"""A device that is not the CPU, on a machine without one: tensors that say so, with the arithmetic of the CPU behind.
 
 An operation that mixes its tensors with those of the CPU fails as on a GPU. Values that the host reads are counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
