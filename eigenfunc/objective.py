@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -109,16 +110,39 @@ def _eagerly(module: nn.Module) -> AbstractContextManager[Any]:
 @contextmanager
 def _attributes_kept(module: nn.Module) -> Iterator[None]:
     """Puts back plain tensor attributes that a forward pass sets (old-style weight norm, kept features)."""
-    before = [(part, {k: v for k, v in vars(part).items() if isinstance(v, Tensor)}) for part in module.modules()]
+    before = _attributes(module)
     try:
         yield
     finally:
-        for part, saved in before:
-            for name in [k for k, v in vars(part).items() if isinstance(v, Tensor) and saved.get(k) is not v]:
+        for (part, saved), (_, now) in zip(before, _attributes(module), strict=True):
+            for name in [name for name, value in now.items() if saved.get(name) is not value]:
                 if name in saved:
-                    vars(part)[name] = saved[name]
+                    part.__dict__[name] = saved[name]
                 else:
-                    del vars(part)[name]
+                    delattr(part, name)
+
+
+def _attributes(module: nn.Module) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The plain tensor attributes of each part."""
+    parts = list(module.modules())
+    names = _traced_names() if torch.compiler.is_compiling() else {name for part in parts for name in vars(part)}
+    held = [(part, {name: part.__dict__.get(name) for name in names}) for part in parts]
+    return [(part, {k: v for k, v in values.items() if isinstance(v, Tensor)}) for part, values in held]
+
+
+def _traced_names() -> list[str]:
+    """Names that hold plain tensors in any module that the compiler has met, or were set while it traces: up to
+    torch 2.11 it cannot list the attributes of a module, though it reads and writes each."""
+    effects: Any = importlib.import_module("torch._dynamo.symbolic_convert").tls.current_tx.output.side_effects
+    names: set[str] = set()
+    for met in effects.id_to_variable.values():
+        if isinstance(part := getattr(met, "value", None), nn.Module):
+            names.update(name for name, value in vars(part).items() if isinstance(value, Tensor))
+            names.update(effects.store_attr_mutations.get(met, ()))
+    return sorted(names)
+
+
+_traced_names._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run while the compiler traces
 
 
 @dataclass(frozen=True, eq=False)

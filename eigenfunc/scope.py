@@ -33,13 +33,46 @@ def untouched(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def full_precision(device: torch.device | None = None) -> Iterator[None]:
-    """No autocast from outside: what a loss does at lower precision is up to the loss."""
+    """No autocast from outside, and on a GPU no TF32: what a loss does at lower precision is up to the loss."""
     kinds = {"cpu", *([device.type] if device is not None and device.type != "meta" else [])}
     with ExitStack() as stack:
         for kind in kinds:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        if "cuda" in kinds:
+            stack.enter_context(_no_tf32())
         yield
+
+
+_SWITCHING = threading.Lock()
+_FOUND: list[tuple[bool, str]] = []  # by each one inside; the first of them is what stood before
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """TF32, torch's default for convolutions, has a mantissa of ten bits: two ways to a product would part by 1e-3.
+
+    The switches belong to the process: they are off while any thread is inside, and put back when the last one leaves.
+    """
+    backends: Any = torch.backends
+    with _SWITCHING:
+        try:
+            found = backends.cudnn.allow_tf32
+        except RuntimeError:  # set apart for each kind of layer, by hand, and torch cannot tell: so it stays
+            found = False
+        _FOUND.append((found, backends.cuda.matmul.fp32_precision))
+        if found:
+            backends.cudnn.allow_tf32 = False
+        backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        with _SWITCHING:
+            if len(_FOUND) == 1:
+                if _FOUND[0][0]:
+                    backends.cudnn.allow_tf32 = True
+                backends.cuda.matmul.fp32_precision = _FOUND[0][1]
+            _FOUND.pop()
 
 
 @contextmanager

@@ -307,7 +307,7 @@ def test_a_few_rows_at_a_time_are_all_rows_at_once(problem: Problem, chunk: int,
 
 def peak_bytes(f: Callable[[], Any]) -> int:
     """Largest number of bytes that the call holds at one time, by the allocator's own record."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         out = f()
     del out
     changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]

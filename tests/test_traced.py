@@ -115,11 +115,25 @@ def small(*between: nn.Module, last: int = 3) -> nn.Module:
     return mlp(*between, sizes=(4, 4, last))
 
 
+class Keeps(nn.Module):
+    """Features put by, and a plain tensor that is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.size = nn.Linear(4, 4).double(), torch.ones(4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.linear(x).tanh()
+        self.size = self.size * self.kept.mean()
+        return self.kept * self.size
+
+
 MODULES = {
     "plain": small(),
     "normalised": small(nn.BatchNorm1d(4)),
     "convolution": small(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 4, 2).double(), nn.Flatten()),
     "weight norm": small(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4).double())),
+    "keeps": small(Keeps()),
     "transformer": small(
         nn.Unflatten(1, (1, 4)), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0).double(), nn.Flatten()
     ),

@@ -204,12 +204,10 @@ class Traceable(TorchFunctionMode):
     """The elementary formulas, and `.data` as a constant, in what torch.compile can trace: no signature is bound."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _read_data:
-            return args[0].detach()
         if func is Tensor.unflatten:  # which calls super(), untraceably under a mode
             return torch.unflatten(*args, **(kwargs or {}))
         named = {name: value for name, value in (kwargs or {}).items() if value is not None}
-        formula = SWAPS.get(func)
+        formula = _TRACED.get(func)
         if formula is None or named.get("inplace") or not set(named) <= _TAKEN[func]:
             return func(*args, **(kwargs or {}))
         return formula(*args, **named)
@@ -293,4 +291,12 @@ def show_all_calls() -> None:
 show_all_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
 
 _read_data: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
-_TAKEN = {func: frozenset(inspect.signature(formula).parameters) for func, formula in SWAPS.items()}
+
+
+def _detached(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+# a table, for in what torch 2.11 traces a builtin of pybind is not itself, though it is found
+_TRACED = {**SWAPS, _read_data: _detached}
+_TAKEN = {func: frozenset(inspect.signature(formula).parameters) for func, formula in _TRACED.items()}

@@ -43,11 +43,7 @@ def init(block: Tree, matmat: MatMat) -> LobpcgState:
     product = matmat(block)
     image = span.cleaned(product)
     none = tree.norms(block) * 0
-    still = tree.zeros_like(block)
-    start = LobpcgState(
-        block, image, still, still, none, none, tree.norms(image).amax(), none.sum(), tree.all_finite(product)
-    )
-    return _ritz(start, block, image)
+    return _ritz(block, image, len(none), tree.norms(image).amax(), none.sum(), tree.all_finite(product))
 
 
 def step(
@@ -67,16 +63,21 @@ def step(
     fresh = span.outside(rest, known)
     product = matmat(fresh)
     image = span.cleaned(product)
-    state = state._replace(
-        anorm=torch.maximum(state.anorm, tree.norms(image).amax()),
-        finite=state.finite & tree.all_finite(product),
+    return _ritz(
+        span.stacked(known, fresh),
+        span.stacked(state.images, state.shifts, image),
+        len(state.values),
+        torch.maximum(state.anorm, tree.norms(image).amax()),
+        state.asym,
+        state.finite & tree.all_finite(product),
     )
-    return _ritz(state, span.stacked(known, fresh), span.stacked(state.images, state.shifts, image))
 
 
-def _ritz(state: LobpcgState, basis: Tree, images: Tree) -> LobpcgState:
-    """Rayleigh–Ritz in the span of the rows of `basis`, the first b of which are the old vectors."""
-    b = len(state.values)
+def _ritz(basis: Tree, images: Tree, b: int, anorm: Tensor, asym: Tensor, finite: Tensor) -> LobpcgState:
+    """Rayleigh–Ritz in the span of the rows of `basis`, the first b of which are the old vectors.
+
+    The state is made anew, as the compiler of torch 2.11 mistakes what `_replace` returns.
+    """
     eps = tree.coarsest_eps(basis)
     overlap, g = tree.exact_gram(basis, basis), tree.exact_gram(basis, images)
     whiten = span.whitening(overlap, eps)
@@ -96,14 +97,16 @@ def _ritz(state: LobpcgState, basis: Tree, images: Tree) -> LobpcgState:
     d = d @ whiten
 
     vectors, moved = tree.combine(c, basis), tree.combine(c, images)
-    return state._replace(
+    return LobpcgState(
         vectors=vectors,
         images=moved,
         directions=tree.combine(d, basis),
         shifts=tree.combine(d, images),
         values=values,
         residuals=tree.norms(tree.sub(moved, span.weighted(values, vectors))),
-        asym=torch.maximum(state.asym, (g - g.mT).abs().amax()),
+        anorm=anorm,
+        asym=torch.maximum(asym, (g - g.mT).abs().amax()),
+        finite=finite,
     )
 
 

@@ -208,7 +208,7 @@ def ode() -> Problem:
     return model, loss_fn, (torch.randn(5, 2), torch.randn(5, 2))
 
 
-@case("grid_sample")
+@case("grid_sample", refusable=torch.__version__ < "2.13")  # no second derivative in torch 2.11
 def spatial_transformer() -> Problem:
     """A spatial transformer: where to look depends on the parameters."""
 
