@@ -110,7 +110,7 @@ def _confirm(criterion: Callable[[Any, Any], Tensor], outputs: Tree, targets: An
     if isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.numel() > 2 * CHUNK:
         count = CHUNK // outputs[0].numel() + 1  # more than are handled at once
         if likelihood(criterion, outputs, targets) is not None:
-            few = outputs[:count], targets[:count]
+            few = outputs[:count].clone(), targets[:count]  # tangents of a part are those of the whole
             if likelihood(criterion, *few) is not None:  # not where weights of all rows would no longer fit
                 outputs, targets = few
     zs, whole = floating(outputs)
