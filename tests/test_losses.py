@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from eigenfunc import tree
 from eigenfunc.curvature import likelihoods, losses
-from eigenfunc.curvature.likelihoods import CHUNK, likelihood
+from eigenfunc.curvature.likelihoods import likelihood
 from eigenfunc.curvature.losses import output_hessian
 from eigenfunc.errors import ObjectiveError
 
@@ -286,7 +286,6 @@ def test_a_few_rows_at_a_time_are_all_rows_at_once(problem: Problem, chunk: int,
     before = u.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "CHUNK", chunk)
-        patch.setattr(likelihoods, "CHUNK", chunk)
         found = output_hessian(criterion, outputs, targets)(u)
         assert torch.equal(u, before)
         over = output_hessian(criterion, outputs, targets, overwrite=True)(u)
@@ -328,7 +327,7 @@ def test_a_large_vocabulary_takes_little_memory_and_keeps_its_digits() -> None:
     found = output_hessian(nn.CrossEntropyLoss(), z, y)(u).double()
     for rows in (slice(128), slice(128, None)):
         assert (found[rows] - truth[rows]).norm() <= 5e-7 * truth[rows].norm()
-    temporaries = 6 * CHUNK * 4
+    temporaries = 6 * losses.CHUNK * 4
     assert peak_bytes(lambda: output_hessian(nn.CrossEntropyLoss(), z, y)(u)) <= z.nbytes + temporaries
     assert temporaries < z.nbytes + 2**20
     assert peak_bytes(lambda: output_hessian(nn.CrossEntropyLoss(), z, y, overwrite=True)(u)) <= temporaries

@@ -18,18 +18,16 @@ from torch.nn import functional as F
 
 Noise = np.random.Generator  # rather than torch's, whose numbers transforms would not let pass
 
-CHUNK = 2**21  # entries that are handled at once where a whole array of them would be large
 
-
-def cuts(shape: Sequence[int], other: int) -> Iterator[tuple[slice, ...]]:
-    """Cuts of an array along axis 0, and along another one where need be, into pieces of about `CHUNK` entries."""
+def cuts(shape: Sequence[int], other: int, piece: int) -> Iterator[tuple[slice, ...]]:
+    """Cuts of an array along axis 0, and along another one where need be, into pieces of about so many entries."""
     each = math.prod(shape[1:])
     inner = shape[other] if len(shape) > other else 1
-    if each <= CHUNK or inner == 1:
-        count = max(CHUNK // max(each, 1), 1)
+    if each <= piece or inner == 1:
+        count = max(piece // max(each, 1), 1)
         yield from ((slice(i, i + count),) for i in range(0, shape[0], count))
         return
-    count = max(CHUNK * inner // each, 1)
+    count = max(piece * inner // each, 1)
     between = (slice(None),) * (other - 1)
     for i in range(shape[0]):
         yield from ((slice(i, i + 1), *between, slice(j, j + count)) for j in range(0, inner, count))
@@ -61,9 +59,9 @@ class Tokens(NamedTuple):
     def axis(self) -> int:
         return min(self.logits.ndim - 1, 1)
 
-    def parts(self) -> Iterator[tuple[slice, ...]]:
-        """Cuts along the axes of observations into pieces of about `CHUNK` logits."""
-        return cuts(self.logits.shape, 2) if self.logits.ndim > 1 else iter([(slice(None),)])
+    def parts(self, piece: int) -> Iterator[tuple[slice, ...]]:
+        """Cuts along the axes of observations into pieces of about so many logits."""
+        return cuts(self.logits.shape, 2, piece) if self.logits.ndim > 1 else iter([(slice(None),)])
 
     def part(self, where: tuple[slice, ...]) -> Tokens:
         return self._replace(logits=self.logits[where], weights=self.weights[where], targets=self.targets[where])
@@ -120,8 +118,8 @@ class Entries(NamedTuple):
         z = wide(self.outputs)
         return self.read(z, self.targets.to(z), *(None if x is None else x.to(z) for x in self.beside))
 
-    def parts(self) -> Iterator[tuple[slice, ...]]:
-        return cuts(self.outputs.shape, 1)
+    def parts(self, piece: int) -> Iterator[tuple[slice, ...]]:
+        return cuts(self.outputs.shape, 1, piece)
 
     def part(self, where: tuple[slice, ...]) -> Entries:
         shape = self.outputs.shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.curvature.likelihoods import CHUNK, Entries, Noise, Tokens, levels, likelihood, wide
+from eigenfunc.curvature.likelihoods import Entries, Noise, Tokens, levels, likelihood, wide
 from eigenfunc.curvature.mends import Traceable, mended
 from eigenfunc.curvature.products import forward_ad, scalar
 from eigenfunc.errors import InputError, ObjectiveError
@@ -25,16 +25,21 @@ TensorMap = Callable[[Tensor], Tensor]
 Known = TypeVar("Known", Tokens, Entries)
 Kind = Literal["exact", "monte-carlo", "empirical"]
 
+CHUNK = 2**21  # entries that are handled at once where a whole array of them would be large
+
 KINDS: tuple[Kind, ...] = ("exact", "monte-carlo", "empirical")
 
 
-def output_hessian(criterion: Criterion, outputs: Tree, targets: Any, *, overwrite: bool = False) -> Map:
+def output_hessian(
+    criterion: Criterion, outputs: Tree, targets: Any, *, overwrite: bool = False, piece: int | None = None
+) -> Map:
     """u ↦ H u with the Hessian H of criterion(·, targets) at `outputs`, its reduction and its weights included.
 
     criterion  any (outputs, targets) -> (). In closed form for the losses that `likelihoods.likelihood` knows; by
                forward over reverse differentiation for all others, twice in reverse where a forward formula is missing
     outputs    a tensor, or any pytree of floating-point tensors; u is shaped alike
     overwrite  the result may be written into the memory of u, where nothing is differentiated or transformed
+    piece      entries that are handled at once where memory is to be saved; default: `CHUNK`
 
     Pure, and composes with torch.func and torch.compile. In closed form, outside of transforms and with outputs that do
     not require grad, the temporaries are small however many outputs: no array of their size beside them and the result.
@@ -47,9 +52,9 @@ def output_hessian(criterion: Criterion, outputs: Tree, targets: Any, *, overwri
     """
     known = likelihood(criterion, outputs, targets)
     if isinstance(known, Tokens):
-        return _by_rows(_spread, known, overwrite)
+        return _by_rows(_spread, known, overwrite, piece)
     if isinstance(known, Entries):
-        return _scaling(known, "curvature", overwrite)
+        return _scaling(known, "curvature", overwrite, piece)
     return _differentiated(criterion, outputs, targets)
 
 
@@ -169,7 +174,9 @@ def _squares(tokens: Tokens) -> TensorMap:
     return hard
 
 
-def _scaling(entries: Entries, by: Literal["curvature", "information"], overwrite: bool) -> TensorMap:
+def _scaling(
+    entries: Entries, by: Literal["curvature", "information"], overwrite: bool, piece: int | None = None
+) -> TensorMap:
     """Each entry of u times its weight and its curvature; where these are one number for all, nothing else is kept."""
 
     def rule(entries: Entries) -> TensorMap:
@@ -179,7 +186,7 @@ def _scaling(entries: Entries, by: Literal["curvature", "information"], overwrit
     first = entries.part((slice(0, 1),) * entries.outputs.ndim).numbers()
     factor = first.weights * getattr(first, by)
     if factor.ndim > 0:
-        return _by_rows(rule, entries, overwrite)
+        return _by_rows(rule, entries, overwrite, piece)
 
     def product(u: Tensor) -> Tensor:
         if overwrite and u.dtype == factor.dtype and 0 not in u.stride() and not _composing(u, factor):
@@ -189,10 +196,13 @@ def _scaling(entries: Entries, by: Literal["curvature", "information"], overwrit
     return product
 
 
-def _by_rows(rule: Callable[[Known], TensorMap], known: Known, overwrite: bool) -> TensorMap:
+def _by_rows(
+    rule: Callable[[Known], TensorMap], known: Known, overwrite: bool, piece: int | None = None
+) -> TensorMap:
     """The rule, which treats observations apart, on a few at a time where all at once would take much memory."""
     outputs = known.logits if isinstance(known, Tokens) else known.outputs
-    whole = rule(known) if outputs.numel() <= CHUNK or _composing(outputs) else None
+    count = piece or CHUNK
+    whole = rule(known) if outputs.numel() <= count or _composing(outputs) else None
 
     def product(u: Tensor) -> Tensor:
         if whole is not None:
@@ -200,7 +210,7 @@ def _by_rows(rule: Callable[[Known], TensorMap], known: Known, overwrite: bool) 
         if _composing(outputs, u):
             return rule(known)(u)
         out = u if overwrite and 0 not in u.stride() else torch.empty_like(u, memory_format=torch.contiguous_format)
-        for where in known.parts():
+        for where in known.parts(count):
             out[where] = rule(known.part(where))(u[where])
         return out
 
@@ -229,7 +239,7 @@ def _drawn(tokens: Tokens, num_samples: int, noise: Noise) -> Tensor:
     if logits.numel() <= CHUNK or _composing(logits):
         return classes(logits, level)
     out = torch.empty(shape, dtype=torch.long, device=logits.device)
-    for where in tokens.parts():
+    for where in tokens.parts(CHUNK):
         out[where] = classes(logits[where], level[where])
     return out
 
