@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.curvature.likelihoods import Entries, Noise, Tokens, levels, likelihood, wide
+from eigenfunc.curvature.likelihoods import Entries, Noise, Numbers, Tokens, levels, likelihood, wide
 from eigenfunc.curvature.mends import Traceable, mended
 from eigenfunc.curvature.products import forward_ad, scalar
 from eigenfunc.errors import InputError, ObjectiveError
@@ -54,7 +54,7 @@ def output_hessian(
     if isinstance(known, Tokens):
         return _by_rows(_spread, known, overwrite, piece)
     if isinstance(known, Entries):
-        return _scaling(known, "curvature", overwrite, piece)
+        return _scaling(known, lambda numbers: numbers.curvature, overwrite, piece)
     return _differentiated(criterion, outputs, targets)
 
 
@@ -105,7 +105,7 @@ def output_fisher(
     if kind == "exact":
         if isinstance(known, Tokens):
             return _by_rows(_spread, known, overwrite)
-        return _scaling(known, "information", overwrite)
+        return _scaling(known, lambda numbers: numbers.information, overwrite)
     if kind == "empirical":
         if isinstance(known, Tokens):
             return _by_rows(_squares, known, overwrite)
@@ -174,17 +174,15 @@ def _squares(tokens: Tokens) -> TensorMap:
     return hard
 
 
-def _scaling(
-    entries: Entries, by: Literal["curvature", "information"], overwrite: bool, piece: int | None = None
-) -> TensorMap:
+def _scaling(entries: Entries, by: Callable[[Numbers], Tensor], overwrite: bool, piece: int | None = None) -> TensorMap:
     """Each entry of u times its weight and its curvature; where these are one number for all, nothing else is kept."""
 
     def rule(entries: Entries) -> TensorMap:
         numbers = entries.numbers()
-        return _diagonal(numbers.weights * getattr(numbers, by))
+        return _diagonal(numbers.weights * by(numbers))
 
     first = entries.part((slice(0, 1),) * entries.outputs.ndim).numbers()
-    factor = first.weights * getattr(first, by)
+    factor = first.weights * by(first)
     if factor.ndim > 0:
         return _by_rows(rule, entries, overwrite, piece)
 
@@ -196,9 +194,7 @@ def _scaling(
     return product
 
 
-def _by_rows(
-    rule: Callable[[Known], TensorMap], known: Known, overwrite: bool, piece: int | None = None
-) -> TensorMap:
+def _by_rows(rule: Callable[[Known], TensorMap], known: Known, overwrite: bool, piece: int | None = None) -> TensorMap:
     """The rule, which treats observations apart, on a few at a time where all at once would take much memory."""
     outputs = known.logits if isinstance(known, Tokens) else known.outputs
     count = piece or CHUNK
