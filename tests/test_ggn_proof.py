@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eigenfunc import Batches, functional_loss
-from eigenfunc.curvature import ggn as module, likelihoods, losses
+from eigenfunc.curvature import ggn as module, losses
 from eigenfunc.curvature.ggn import ggn, ggnvp
 from eigenfunc.curvature.proof import prove
 from eigenfunc.curvature.sandwich import WAYS
@@ -28,7 +28,6 @@ from tests.test_ggn import CE, CLASSES, COUNT, LABELS, SCORES, WIDTH, X, assert_
 def test_what_a_product_may_overwrite_is_never_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs that are the parameters themselves, whose tangent is the vector itself, in pieces of a few logits."""
     monkeypatch.setattr(losses, "CHUNK", 4)
-    monkeypatch.setattr(likelihoods, "CHUNK", 4)
 
     class Itself:
         criterion = CE
@@ -159,7 +158,7 @@ def test_a_wrong_output_map_is_found_out(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ProductError, match="criterion's Hessian-vector product"):
         ggn(objective, params, (X, LABELS))
     large = nn.Linear(WIDTH, 3000).double()  # of which the first rows alone are looked at
-    monkeypatch.setattr(module, "CHUNK", 4000)
+    monkeypatch.setattr(module, "_PIECE", 1000)
     with pytest.raises(ProductError, match="criterion's Hessian-vector product"):
         ggn(*functional_loss(large, CE), (X, LABELS))
 
@@ -316,18 +315,21 @@ def test_tangents_of_linear_layers_are_right_where_the_model_differentiates_itse
     assert "mends met: mse_loss;" in ggn(objective, params, (x, y)).describe()
 
 
-def test_a_large_vocabulary_takes_no_more_than_half_a_training_step_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("criterion", [CE, nn.MSELoss()])
+def test_a_large_vocabulary_takes_no_more_than_half_a_training_step_beside_it(
+    criterion: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "CHUNK", 4000)
-    monkeypatch.setattr(likelihoods, "CHUNK", 4000)
-    monkeypatch.setattr(module, "CHUNK", 4000)
+    monkeypatch.setattr(module, "_PIECE", 1000)
     model = nn.Sequential(nn.Embedding(50, 4), nn.Tanh(), nn.Linear(4, 1000)).double()
     x, y = torch.arange(400) % 50, torch.arange(400)
+    y = y if criterion is CE else (y[:, None] + torch.arange(1000)) % 2 * 1.0
     with live() as step:
-        torch.autograd.grad(CE(model(x), y), list(model.parameters()))
-    objective, params = functional_loss(model, CE)
+        torch.autograd.grad(criterion(model(x), y), list(model.parameters()))
+    objective, params = functional_loss(model, criterion)
     v = random_like(params)
     truth = flat(ggnvp(objective, params, (x, y), v))
-    for way in ("graph", "dual", "jvp", "ggnvp", "proof"):
+    for way in ("graph", "dual", "jvp", "ggnvp", "proof")[:: 1 if criterion is CE else 4]:
         with live() as product:
             if way == "ggnvp":
                 found = ggnvp(objective, params, (x, y), v)
@@ -343,8 +345,8 @@ def test_a_large_vocabulary_takes_no_more_than_half_a_training_step_beside_it(mo
 @pytest.mark.parametrize(
     ("criterion", "rows"),
     [
-        (nn.MSELoss(), 4),
-        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(CLASSES).double()), 4),
+        (nn.MSELoss(), 2),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(CLASSES).double()), 2),
         (partial(F.mse_loss, weight=SCORES.exp()), COUNT),  # which would not fit the first rows
         (lambda out, y: F.mse_loss(out, y), COUNT),  # of which nothing is known
     ],
@@ -358,7 +360,7 @@ def test_the_first_rows_bear_witness_for_a_known_likelihood_alone(
         taken.append(len(point[0]))
         return prove(f, ways, point, *rest)
 
-    monkeypatch.setattr(module, "CHUNK", 3 * CLASSES)
+    monkeypatch.setattr(module, "_PIECE", 1)
     monkeypatch.setattr(module, "prove", spied)
     objective, params = functional_loss(net(), criterion)
     v, targets = random_like(params), SCORES.sigmoid()

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from eigenfunc import tree
-from eigenfunc.curvature import likelihoods, losses
-from eigenfunc.curvature.likelihoods import CHUNK, likelihood
+from eigenfunc.curvature import losses
+from eigenfunc.curvature.likelihoods import likelihood
 from eigenfunc.curvature.losses import output_hessian
 from eigenfunc.errors import ObjectiveError
 
@@ -286,7 +286,6 @@ def test_a_few_rows_at_a_time_are_all_rows_at_once(problem: Problem, chunk: int,
     before = u.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "CHUNK", chunk)
-        patch.setattr(likelihoods, "CHUNK", chunk)
         found = output_hessian(criterion, outputs, targets)(u)
         assert torch.equal(u, before)
         over = output_hessian(criterion, outputs, targets, overwrite=True)(u)
@@ -328,7 +327,26 @@ def test_a_large_vocabulary_takes_little_memory_and_keeps_its_digits() -> None:
     found = output_hessian(nn.CrossEntropyLoss(), z, y)(u).double()
     for rows in (slice(128), slice(128, None)):
         assert (found[rows] - truth[rows]).norm() <= 5e-7 * truth[rows].norm()
-    temporaries = 6 * CHUNK * 4
+    temporaries = 6 * losses.CHUNK * 4
     assert peak_bytes(lambda: output_hessian(nn.CrossEntropyLoss(), z, y)(u)) <= z.nbytes + temporaries
     assert temporaries < z.nbytes + 2**20
     assert peak_bytes(lambda: output_hessian(nn.CrossEntropyLoss(), z, y, overwrite=True)(u)) <= temporaries
+
+
+@pytest.mark.parametrize(
+    ("criterion", "arrays"),
+    [(nn.MSELoss(), 0), (nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), 6), (nn.PoissonNLLLoss(), 4)],
+)
+def test_losses_of_single_numbers_take_no_array_of_the_size_of_the_outputs(
+    criterion: Any, arrays: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    z, u = (torch.randn(64, 3, 500, generator=g) for _ in range(2))
+    y = torch.randint(2, (64, 3, 500), generator=g).float()
+    truth = output_hessian(criterion, z.double(), y.double())(u.double())
+    monkeypatch.setattr(losses, "CHUNK", 1000)  # less than one row of axis 0
+    assert peak_bytes(lambda: output_hessian(criterion, z, y, overwrite=True)(u.clone())) <= (
+        u.nbytes + (arrays + 2) * 1000 * 4
+    )
+    found = output_hessian(criterion, z, y)(u)
+    assert (found - truth).norm() <= 1e-6 * truth.norm()

@@ -42,6 +42,15 @@ def test_the_trace_is_unbiased_and_in_its_interval(spectrum: str, method: str) -
     assert 0.8 < float(torch.tensor([estimate.stderr for estimate in found]).square().mean().sqrt() / off.std()) < 1.5
 
 
+@pytest.mark.parametrize("count", [6, 8, 16, 30])
+@pytest.mark.parametrize("rest", [0.0, 0.001, 0.1])
+def test_hutchinsons_interval_holds_for_the_skew_samples_of_nearly_rank_one(rest: float, count: int) -> None:
+    values = torch.cat([torch.ones(1), rest * torch.linspace(0, 1, N - 1)]).double()
+    A, truth = aslinearoperator(rotated(values, 3)), float(values.sum())
+    found = [trace(A, num_matvecs=count, method="hutchinson", seed=seed) for seed in range(SEEDS)]
+    assert 0.9 <= covered(found, truth) <= 0.99
+
+
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_the_frobenius_norm_is_in_its_interval(spectrum: str) -> None:
     A, truth = aslinearoperator(MATRICES[spectrum]), float(torch.linalg.vector_norm(SPECTRA[spectrum]))

@@ -265,3 +265,4 @@ SWAPS: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
 }
 RANDOM = frozenset({F.dropout})
+FORWARD = frozenset({F.mse_loss})  # what is wrong for tangents only, and in reverse takes less memory as it is

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
-from eigenfunc.curvature.likelihoods import CHUNK, likelihood
+from eigenfunc.curvature.likelihoods import likelihood
 from eigenfunc.curvature.losses import output_hessian
 from eigenfunc.curvature.mends import Seen
 from eigenfunc.curvature.products import HESSIAN, Product
@@ -23,6 +23,7 @@ from eigenfunc.operator import LinearOperator
 from eigenfunc.tree import Tree
 
 _NAME = "Gauss–Newton"
+_PIECE = 2**18  # outputs of the rows that bear witness: so few that their derivatives take next to no memory
 
 
 def ggn(
@@ -88,13 +89,14 @@ def ggnvp(objective: Any, params: Tree, batch: Any, v: Tree) -> Tree:
     return pure_product(_NAME, objective, params, batch, v, _of(objective.criterion))
 
 
-def _of(criterion: Callable[[Any, Any], Tensor]) -> OutputMap:
-    """The Hessian of the criterion as an output map; outputs that are no floats are constants."""
+def _of(criterion: Callable[[Any, Any], Tensor], piece: int | None = None) -> OutputMap:
+    """The Hessian of the criterion as an output map, by pieces of so many entries; outputs that are no floats are
+    constants."""
 
     def output_map(outputs: Tree, targets: Any) -> Callable[[Tree], Tree]:
         live, whole = floating(outputs)
         if isinstance(targets, Tensor) and len(live) == len(tree.leaves(outputs)):
-            return output_hessian(criterion, outputs, targets, overwrite=True)
+            return output_hessian(criterion, outputs, targets, overwrite=True, piece=piece)
         product = output_hessian(lambda zs, targets: judged(criterion, whole(zs), fresh(targets)), live, targets)
         return lambda u: whole(product(floating(u)[0]))
 
@@ -108,12 +110,13 @@ def _confirm(criterion: Callable[[Any, Any], Tensor], outputs: Tree, targets: An
     its derivatives take several times the memory of a training step. Raises `ObjectiveError` for a criterion that draws
     random numbers.
     """
-    if isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.numel() > 2 * CHUNK:
-        count = CHUNK // outputs[0].numel() + 1  # more than are handled at once
+    piece = None
+    if isinstance(outputs, Tensor) and outputs.ndim > 1 and outputs.numel() > 16 * _PIECE:
+        count = _PIECE // outputs[0].numel() + 2  # more than are handled at once
         if likelihood(criterion, outputs, targets) is not None:
-            few = outputs[:count], targets[:count]
+            few = outputs[:count].clone(), targets[:count]  # tangents of a part are those of the whole
             if likelihood(criterion, *few) is not None:  # not where weights of all rows would no longer fit
-                outputs, targets = few
+                (outputs, targets), piece = few, _PIECE
     zs, whole = floating(outputs)
     scope.reseed(0, zs[0].device)
     criterion(outputs, fresh(targets))
@@ -122,7 +125,7 @@ def _confirm(criterion: Callable[[Any, Any], Tensor], outputs: Tree, targets: An
             "the criterion draws random numbers, so that it has another Hessian at each call; draw them once, with the "
             "targets, or in the model"
         )
-    product = _of(criterion)(outputs, fresh(targets))
+    product = _of(criterion, piece)(outputs, fresh(targets))
 
     def single(u: Sequence[Tensor]) -> list[Tensor]:
         return floating(product(whole([x.clone() for x in u])))[0]  # which may be overwritten

@@ -6,6 +6,7 @@ The weight holds all that only says how often an observation counts: the reducti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,19 @@ from torch.nn import functional as F
 
 Noise = np.random.Generator  # rather than torch's, whose numbers transforms would not let pass
 
-CHUNK = 2**21  # entries that are handled at once where a whole array of them would be large
+
+def cuts(shape: Sequence[int], other: int, piece: int) -> Iterator[tuple[slice, ...]]:
+    """Cuts of an array along axis 0, and along another one where need be, into pieces of about so many entries."""
+    each = math.prod(shape[1:])
+    inner = shape[other] if len(shape) > other else 1
+    if each <= piece or inner == 1:
+        count = max(piece // max(each, 1), 1)
+        yield from ((slice(i, i + count),) for i in range(0, shape[0], count))
+        return
+    count = max(piece * inner // each, 1)
+    between = (slice(None),) * (other - 1)
+    for i in range(shape[0]):
+        yield from ((slice(i, i + 1), *between, slice(j, j + count)) for j in range(0, inner, count))
 
 
 class Softening(NamedTuple):
@@ -46,21 +59,9 @@ class Tokens(NamedTuple):
     def axis(self) -> int:
         return min(self.logits.ndim - 1, 1)
 
-    def parts(self) -> Iterator[tuple[slice, ...]]:
-        """Cuts along the axes of observations into pieces of about `CHUNK` logits."""
-        shape = self.logits.shape
-        if len(shape) == 1:
-            yield (slice(None),)
-            return
-        each = self.logits[0].numel()
-        inner = shape[2] if len(shape) > 2 else 1
-        if each <= CHUNK or inner == 1:
-            count = max(CHUNK // max(each, 1), 1)
-            yield from ((slice(i, i + count),) for i in range(0, shape[0], count))
-            return
-        count = max(CHUNK * inner // each, 1)
-        for i in range(shape[0]):
-            yield from ((slice(i, i + 1), slice(None), slice(j, j + count)) for j in range(0, inner, count))
+    def parts(self, piece: int) -> Iterator[tuple[slice, ...]]:
+        """Cuts along the axes of observations into pieces of about so many logits."""
+        return cuts(self.logits.shape, 2, piece) if self.logits.ndim > 1 else iter([(slice(None),)])
 
     def part(self, where: tuple[slice, ...]) -> Tokens:
         return self._replace(logits=self.logits[where], weights=self.weights[where], targets=self.targets[where])
@@ -80,8 +81,8 @@ class Tokens(NamedTuple):
         return _over(smoothed, counts, counts == 0)
 
 
-class Entries(NamedTuple):
-    """Observations of single numbers, one an output. All entries of a sample, what lies beyond axis 0, are one term.
+class Numbers(NamedTuple):
+    """What the likelihood of single numbers comes to, in arrays of the size of the outputs.
 
     weights      of each entry, to be broadcast to the outputs
     targets      those of the data
@@ -97,6 +98,33 @@ class Entries(NamedTuple):
     information: Tensor
     score: Callable[[Tensor], Tensor]
     draw: Callable[[Noise], Tensor]
+
+
+class Entries(NamedTuple):
+    """Observations of single numbers, one an output. All entries of a sample, what lies beyond axis 0, are one term.
+
+    outputs  in the dtype the loss has them, and
+    targets  shaped alike
+    beside   what else an entry depends on, to be broadcast to the outputs, or None
+    read     (outputs, targets, *beside) -> `Numbers`, entry by entry: only when asked to, for each takes memory
+    """
+
+    outputs: Tensor
+    targets: Tensor
+    beside: tuple[Tensor | None, ...]
+    read: Callable[..., Numbers]
+
+    def numbers(self) -> Numbers:
+        z = wide(self.outputs)
+        return self.read(z, self.targets.to(z), *(None if x is None else x.to(z) for x in self.beside))
+
+    def parts(self, piece: int) -> Iterator[tuple[slice, ...]]:
+        return cuts(self.outputs.shape, 1, piece)
+
+    def part(self, where: tuple[slice, ...]) -> Entries:
+        shape = self.outputs.shape
+        beside = tuple(None if x is None else x.expand(shape)[where] for x in self.beside)
+        return self._replace(outputs=self.outputs[where], targets=self.targets[where], beside=beside)
 
 
 Likelihood = Tokens | Entries
@@ -119,6 +147,11 @@ def likelihood(criterion: Any, outputs: Any, targets: Any) -> Likelihood | None:
     if legacy != (None, None) or options["reduction"] not in ("mean", "sum"):
         return None
     return reader(outputs, targets, **options)
+
+
+def known(criterion: Any) -> bool:
+    """Whether the criterion is one of torch's own losses that have a likelihood, for suitable outputs and targets."""
+    return _call(criterion) is not None
 
 
 Reader = Callable[..., Likelihood | None]
@@ -213,38 +246,43 @@ def _categorical(
     return Tokens(logits, weights, labels, softening)
 
 
-def _gaussian(z: Tensor, y: Tensor, weights: Tensor, variance: Tensor) -> Entries:
+def _gaussian(z: Tensor, y: Tensor, weights: Tensor, variance: Tensor) -> Numbers:
     def draw(noise: Noise) -> Tensor:
         return z.detach() + variance.detach().sqrt() * torch.from_numpy(
             np.asarray(noise.standard_normal(tuple(z.shape)))
         ).to(z)
 
-    return Entries(weights, y, 1 / variance, 1 / variance, lambda y: (z - y) / variance, draw)
+    return Numbers(weights, y, 1 / variance, 1 / variance, lambda y: (z - y) / variance, draw)
 
 
 def _mean_or_sum(z: Tensor, reduction: str) -> Tensor:
     """The weight of each entry."""
-    return torch.full((), 1 / max(z.numel(), 1) if reduction == "mean" else 1.0, dtype=z.dtype, device=z.device)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return torch.full((), 1 / max(z.numel(), 1) if reduction == "mean" else 1.0, dtype=dtype, device=z.device)
 
 
 def _mse(outputs: Tensor, targets: Tensor, *, reduction: str, weight: Tensor | None) -> Entries | None:
     """(z − y)² is a Gaussian of variance ½."""
     if targets.shape != outputs.shape or (weight is not None and weight.shape != outputs.shape):
         return None
-    z, y = wide(outputs), targets.to(wide(outputs))
-    weights = _mean_or_sum(z, reduction)
+    each = _mean_or_sum(outputs, reduction)
     if weight is not None:
-        weights = weight.to(z) / weight.to(z).sum() if reduction == "mean" else weight.to(z)
-    return _gaussian(z, y, weights, torch.full((), 0.5, dtype=z.dtype, device=z.device))
+        each = 1 / wide(weight).sum() if reduction == "mean" else torch.ones_like(each)
+
+    def read(z: Tensor, y: Tensor, weight: Tensor | None) -> Numbers:
+        variance = torch.full((), 0.5, dtype=z.dtype, device=z.device)
+        return _gaussian(z, y, each if weight is None else each * weight, variance)
+
+    return Entries(outputs, targets, (weight,), read)
 
 
 def _gaussian_nll(
     outputs: Tensor, targets: Tensor, *, var: Any = None, full: bool, eps: float, reduction: str
 ) -> Entries | None:
     """½ log v + (z − y)²/2v at given variances v: in the mean alone."""
-    z = wide(outputs)
+    z = outputs
     if isinstance(var, float):
-        var = torch.full((), var, dtype=z.dtype, device=z.device)
+        var = torch.full((), var, dtype=torch.float64, device=z.device)
     elif not isinstance(var, Tensor):
         return None
     elif var.shape == z.shape[:-1] != z.shape:
@@ -253,7 +291,8 @@ def _gaussian_nll(
         return None
     if targets.shape != z.shape:
         return None
-    return _gaussian(z, targets.to(z), _mean_or_sum(z, reduction), var.to(z).clamp(min=eps))
+    each = _mean_or_sum(z, reduction)
+    return Entries(z, targets, (var,), lambda z, y, var: _gaussian(z, y, each, var.clamp(min=eps)))
 
 
 def _bernoulli(
@@ -264,20 +303,22 @@ def _bernoulli(
         return None
     if not all(w is None or _fits(w, outputs) for w in (weight, pos_weight)):
         return None
-    z, y = wide(outputs), targets.to(wide(outputs))
-    weights = _mean_or_sum(z, reduction)
-    if weight is not None:
-        weights = weights * weight.to(z)
-    if pos_weight is not None:
-        times = 1 + (pos_weight.to(z) - 1) * y
-        weights, y = weights * times, _over(pos_weight.to(z) * y, times, times == 0)
-    p = torch.sigmoid(z)
-    spread = p * torch.sigmoid(-z)
+    each = _mean_or_sum(outputs, reduction)
 
-    def draw(noise: Noise) -> Tensor:
-        return (levels(noise, z.shape, z.device) < p.detach()).to(z)
+    def read(z: Tensor, y: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Numbers:
+        weights = each if weight is None else each * weight
+        if pos_weight is not None:
+            times = 1 + (pos_weight - 1) * y
+            weights, y = weights * times, _over(pos_weight * y, times, times == 0)
+        p = torch.sigmoid(z)
+        spread = p * torch.sigmoid(-z)
 
-    return Entries(weights, y, spread, spread, lambda y: p - y, draw)
+        def draw(noise: Noise) -> Tensor:
+            return (levels(noise, z.shape, z.device) < p.detach()).to(z)
+
+        return Numbers(weights, y, spread, spread, lambda y: p - y, draw)
+
+    return Entries(outputs, targets, (weight, pos_weight), read)
 
 
 def _fits(x: Tensor, like: Tensor) -> bool:
@@ -305,16 +346,19 @@ def _poisson(
     """Rate exp(z), or z + eps: z − y log(z + eps) differs from the negative log-likelihood of that by a constant."""
     if targets.shape != outputs.shape:
         return None
-    z, y = wide(outputs), targets.to(wide(outputs))
-    rate = z.exp() if log_input else z + eps
+    each = _mean_or_sum(outputs, reduction)
 
-    def draw(noise: Noise) -> Tensor:
-        return _counts(levels(noise, z.shape, z.device), rate.detach().double()).to(z)
+    def read(z: Tensor, y: Tensor) -> Numbers:
+        rate = z.exp() if log_input else z + eps
 
-    weights = _mean_or_sum(z, reduction)
-    if log_input:
-        return Entries(weights, y, rate, rate, lambda y: rate - y, draw)
-    return Entries(weights, y, y / rate**2, 1 / rate, lambda y: 1 - y / rate, draw)
+        def draw(noise: Noise) -> Tensor:
+            return _counts(levels(noise, z.shape, z.device), rate.detach().double()).to(z)
+
+        if log_input:
+            return Numbers(each, y, rate, rate, lambda y: rate - y, draw)
+        return Numbers(each, y, y / rate**2, 1 / rate, lambda y: 1 - y / rate, draw)
+
+    return Entries(outputs, targets, (), read)
 
 
 _OLD = {"size_average": None, "reduce": None, "reduction": "mean"}

@@ -7,13 +7,13 @@ the parameters, is then the Gauss-Newton or Fisher matrix of the model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from eigenfunc import scope, tree
-from eigenfunc.curvature.likelihoods import CHUNK, Entries, Noise, Tokens, levels, likelihood, wide
+from eigenfunc.curvature.likelihoods import Entries, Noise, Numbers, Tokens, levels, likelihood, wide
 from eigenfunc.curvature.mends import Traceable, mended
 from eigenfunc.curvature.products import forward_ad, scalar
 from eigenfunc.errors import InputError, ObjectiveError
@@ -23,22 +23,28 @@ from eigenfunc.tree import Tree
 Criterion = Callable[[Any, Any], Tensor]
 Map = Callable[[Tree], Tree]
 TensorMap = Callable[[Tensor], Tensor]
+Known = TypeVar("Known", Tokens, Entries)
 Kind = Literal["exact", "monte-carlo", "empirical"]
+
+CHUNK = 2**21  # entries that are handled at once where a whole array of them would be large
 
 KINDS: tuple[Kind, ...] = ("exact", "monte-carlo", "empirical")
 
 
-def output_hessian(criterion: Criterion, outputs: Tree, targets: Any, *, overwrite: bool = False) -> Map:
+def output_hessian(
+    criterion: Criterion, outputs: Tree, targets: Any, *, overwrite: bool = False, piece: int | None = None
+) -> Map:
     """u ↦ H u with the Hessian H of criterion(·, targets) at `outputs`, its reduction and its weights included.
 
     criterion  any (outputs, targets) -> (). In closed form for the losses that `likelihoods.likelihood` knows; by
                forward over reverse differentiation for all others, twice in reverse where a forward formula is missing
     outputs    a tensor, or any pytree of floating-point tensors; u is shaped alike
     overwrite  the result may be written into the memory of u, where nothing is differentiated or transformed
+    piece      entries that are handled at once where memory is to be saved; default: `CHUNK`
 
-    Pure, and composes with torch.func and torch.compile. For a cross-entropy, outside of transforms and with outputs
-    that do not require grad, the temporaries are small however many the classes: no array of the size of the logits
-    beside them and the result. The shift of u by its entry at the likeliest class, which H does not see, keeps small
+    Pure, and composes with torch.func and torch.compile. In closed form, outside of transforms and with outputs that do
+    not require grad, the temporaries are small however many outputs: no array of their size beside them and the result.
+    For a cross-entropy the shift of u by its entry at the likeliest class, which H does not see, keeps small
     probabilities to full relative precision: that of a well-trained model is otherwise lost in float32.
 
     Raises `ObjectiveError` where the criterion does not return one real number.
@@ -47,9 +53,9 @@ def output_hessian(criterion: Criterion, outputs: Tree, targets: Any, *, overwri
     """
     known = likelihood(criterion, outputs, targets)
     if isinstance(known, Tokens):
-        return _by_rows(_spread, known, overwrite)
+        return _by_rows(_spread, known, overwrite, piece)
     if isinstance(known, Entries):
-        return _diagonal(known.weights * known.curvature)
+        return _scaling(known, lambda numbers: numbers.curvature, overwrite, piece)
     return _differentiated(criterion, outputs, targets)
 
 
@@ -101,17 +107,19 @@ def output_fisher(
     if kind == "exact":
         if isinstance(known, Tokens):
             return _by_rows(_spread, known, overwrite)
-        return _diagonal(known.weights * known.information)
+        return _scaling(known, lambda numbers: numbers.information, overwrite)
     if kind == "empirical":
         if isinstance(known, Tokens):
             return _by_rows(_squares, known, overwrite)
-        return _outer(known.weights, [known.score(known.targets)])
+        numbers = known.numbers()
+        return _outer(numbers.weights, [numbers.score(numbers.targets)])
     if noise is None:
         raise InputError("a Monte-Carlo estimate needs noise to draw from: numpy.random.default_rng(seed)")
     if isinstance(known, Tokens):
         drawn = known._replace(targets=_drawn(known, num_samples, noise), softening=None)
         return _by_rows(_squares, drawn, overwrite)
-    return _outer(known.weights, [known.score(known.draw(noise)) for _ in range(num_samples)])
+    numbers = known.numbers()
+    return _outer(numbers.weights, [numbers.score(numbers.draw(noise)) for _ in range(num_samples)])
 
 
 def check_kind(kind: str, num_samples: int) -> None:
@@ -168,18 +176,40 @@ def _squares(tokens: Tokens) -> TensorMap:
     return hard
 
 
-def _by_rows(rule: Callable[[Tokens], TensorMap], tokens: Tokens, overwrite: bool) -> TensorMap:
+def _scaling(entries: Entries, by: Callable[[Numbers], Tensor], overwrite: bool, piece: int | None = None) -> TensorMap:
+    """Each entry of u times its weight and its curvature; where these are one number for all, nothing else is kept."""
+
+    def rule(entries: Entries) -> TensorMap:
+        numbers = entries.numbers()
+        return _diagonal(numbers.weights * by(numbers))
+
+    first = entries.part((slice(0, 1),) * entries.outputs.ndim).numbers()
+    factor = first.weights * by(first)
+    if factor.ndim > 0:
+        return _by_rows(rule, entries, overwrite, piece)
+
+    def product(u: Tensor) -> Tensor:
+        if overwrite and u.dtype == factor.dtype and 0 not in u.stride() and not _composing(u, factor):
+            return u.mul_(factor)
+        return (factor * u.to(factor.dtype)).to(u.dtype)
+
+    return product
+
+
+def _by_rows(rule: Callable[[Known], TensorMap], known: Known, overwrite: bool, piece: int | None = None) -> TensorMap:
     """The rule, which treats observations apart, on a few at a time where all at once would take much memory."""
-    whole = rule(tokens) if tokens.logits.numel() <= CHUNK or _composing(tokens.logits) else None
+    outputs = known.logits if isinstance(known, Tokens) else known.outputs
+    count = piece or CHUNK
+    whole = rule(known) if outputs.numel() <= count or _composing(outputs) else None
 
     def product(u: Tensor) -> Tensor:
         if whole is not None:
             return whole(u)
-        if _composing(tokens.logits, u):
-            return rule(tokens)(u)
+        if _composing(outputs, u):
+            return rule(known)(u)
         out = u if overwrite and 0 not in u.stride() else torch.empty_like(u, memory_format=torch.contiguous_format)
-        for where in tokens.parts():
-            out[where] = rule(tokens.part(where))(u[where])
+        for where in known.parts(count):
+            out[where] = rule(known.part(where))(u[where])
         return out
 
     return product
@@ -207,7 +237,7 @@ def _drawn(tokens: Tokens, num_samples: int, noise: Noise) -> Tensor:
     if logits.numel() <= CHUNK or _composing(logits):
         return classes(logits, level)
     out = torch.empty(shape, dtype=torch.long, device=logits.device)
-    for where in tokens.parts():
+    for where in tokens.parts(CHUNK):
         out[where] = classes(logits[where], level[where])
     return out
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from eigenfunc import scope
-from eigenfunc.curvature.elementary import RANDOM, SWAPS
+from eigenfunc.curvature.elementary import FORWARD, RANDOM, SWAPS
 from eigenfunc.errors import ProductError, TransformError
 
 forward_ad: Any = _forward_ad
@@ -54,7 +54,7 @@ class ElementaryFormulas(TorchFunctionMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         formula = SWAPS.get(func)
-        if formula is None or kwargs.get("inplace"):
+        if formula is None or kwargs.get("inplace") or (func in FORWARD and not _pushing()):
             return func(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if value is not None}
         try:
@@ -66,6 +66,11 @@ class ElementaryFormulas(TorchFunctionMode):
         if self.seen.verify and func not in RANDOM and not kwargs.get("dropout_p"):
             _check_value(func, func(*args, **kwargs), out)
         return out
+
+
+def _pushing() -> bool:
+    """Whether there may be tangents."""
+    return forward_ad._current_level >= 0 or scope.inside_transform()
 
 
 _READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]

@@ -88,7 +88,7 @@ def _tried(way: Way[F], f: F, point: Sequence[Tensor], tolerance: float | None) 
     them, ⟨u, Av⟩ ≠ ⟨v, Au⟩."""
     product = way(f, point)
     image = product.single(_drawn(point, 0))
-    if not all(bool(torch.isfinite(block).all()) for block in image):
+    if not all(map(tree.is_finite, image)):
         return image, "the product holds NaN or infinity"
     if tolerance is None:
         return image, None

@@ -16,11 +16,12 @@ from torch.overrides import TorchFunctionMode
 from eigenfunc import scope, tree
 from eigenfunc.curvature import products
 from eigenfunc.curvature.denominators import Denominator
+from eigenfunc.curvature.likelihoods import known
 from eigenfunc.curvature.mends import mended
 from eigenfunc.curvature.products import Function, Loss
 from eigenfunc.data import Batches, Reader, average, mapped, samples
 from eigenfunc.errors import DataError, DataWarning, ObjectiveError
-from eigenfunc.objective import Composition, guarded
+from eigenfunc.objective import AS_PAIRS, Composition, guarded, pair
 from eigenfunc.tree import Tree
 
 
@@ -103,7 +104,11 @@ def _check_purity(loss: Loss, point: Tree, batch: Any, seed: int) -> None:
     params = tree.tree_map(copied, point)
     count = len(copies)
     try:
-        own = mapped(copied, batch)
+        if isinstance(loss, Composition) and known(loss.parts.criterion):  # which only reads its targets
+            inputs, targets = pair(batch, AS_PAIRS)
+            own = mapped(copied, inputs), targets
+        else:
+            own = mapped(copied, batch)
     except DataError:
         own = batch
     evaluated(products.of_leaves(guarded(loss), own, params, seed), tree.leaves(params))

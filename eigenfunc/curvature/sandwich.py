@@ -103,12 +103,14 @@ def graph(f: Halves, point: Sequence[Tensor]) -> Product:
         raise ObjectiveError(_INDEPENDENT)
     duals = [z.new_zeros(()).expand(z.shape).requires_grad_() for z in outputs]
     moving = [duals[i] for i in live]
-    pulled = torch.autograd.grad([outputs[i] for i in live], leaves, moving, create_graph=True, allow_unused=True)
-    linear = [j for j, slope in enumerate(pulled) if slope is not None and slope.requires_grad]
-    ends, slopes = [get_gradient_edge(outputs[i]) for i in live], [get_gradient_edge(pulled[j]) for j in linear]
+    ends: Any = [get_gradient_edge(outputs[i]) for i in live]
     size, device = sum(z.nbytes for z in outputs), outputs[0].device  # M keeps outputs and perhaps as much again
     apply = f.curvature([z.detach() for z in outputs])
-    del outputs, pulled
+    del outputs  # which M may not need
+    pulled = torch.autograd.grad(ends, leaves, moving, create_graph=True, allow_unused=True)
+    linear = [j for j, slope in enumerate(pulled) if slope is not None and slope.requires_grad]
+    slopes = [get_gradient_edge(pulled[j]) for j in linear]
+    del pulled
 
     def product(v: Sequence[Tensor], batched: bool) -> list[Tensor]:
         pull: Any = partial(torch.autograd.grad, retain_graph=True, allow_unused=True, is_grads_batched=batched)
@@ -170,9 +172,10 @@ def dual(f: Halves, point: Sequence[Tensor]) -> Product:
         if not live:
             raise ObjectiveError(_INDEPENDENT)
         del found
+        ends: Any = [get_gradient_edge(outputs[i]) for i in live]
         w = f.curvature([z.detach() for z in outputs])(_apart(u, v))
-        del u
-        out = torch.autograd.grad([outputs[i] for i in live], leaves, [w[i] for i in live], allow_unused=True)
+        del u, outputs
+        out = torch.autograd.grad(ends, leaves, [w[i] for i in live], allow_unused=True)
         return [_or_zeros(block, x, ()) for block, x in zip(out, leaves, strict=True)]
 
     return Product(pushed, looped(pushed))

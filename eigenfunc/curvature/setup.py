@@ -83,7 +83,7 @@ def operator(
         point = scope.usable(tree.tree_map(lambda leaf: leaf.detach(), params))
     reader = Reader(batches.on(device), device)
     for name, leaf in zip(tree.names(point), tree.leaves(point), strict=True):
-        if not bool(torch.isfinite(leaf).all()):
+        if not tree.is_finite(leaf):
             raise ObjectiveError(f"parameter '{name}' holds NaN or infinity")
     return _SetUp(matrix, point, reader).operator(product, budget_for(cache, device), chunk, compile, check)
 

@@ -18,6 +18,7 @@ from eigenfunc.errors import InputError
 Value = TypeVar("Value")
 
 _SKEW = 2.16  # (z⁴ + 2z² − 3)/9 at z = 1.96
+_FEW = 16.0  # samples below which they hardly show how skew they are: 90% of the intervals hold for χ² of one degree
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
@@ -75,7 +76,13 @@ def quantile(dof: float, level: float) -> float:
 
 def spread(samples: Tensor) -> Tensor:
     """The variance (...) of the mean of independent samples (m, ...), m ≥ 2, widened by their skewness so that
-    Student's t holds 95% as it says."""
+    Student's t holds 95% as it says.
+
+    Of a few samples of a skew law most look less skew than it is, so that what they show counts 1 + 16/m times. For
+    the squares of normal numbers, the most skew that a matrix of rank one makes them, and for normal ones, the share of
+    intervals that hold is then 90% and 98% for m = 4, 91% and 97% for 8, 93% and 95% for 24. Two samples show nothing:
+    85% and 95%.
+    """
     m = samples.shape[0]
     d = samples - samples.mean(0)
     second = (d**2).mean(0)
@@ -84,7 +91,7 @@ def spread(samples: Tensor) -> Tensor:
         return variance
     safe = torch.where(second > 0, second, 1.0)
     skewness = (d**3).mean(0) / safe**1.5 * math.sqrt(m * (m - 1)) / (m - 2)
-    widened: Tensor = variance * (1 + _SKEW * skewness**2 / m)
+    widened: Tensor = variance * (1 + _SKEW * (1 + _FEW / m) * skewness**2 / m)
     return widened
 
 

@@ -35,8 +35,8 @@ def trace(A: Any, *, num_matvecs: int, method: TraceMethod = "xtrace", seed: int
 
     Probes are uniform on the sphere and not of entries ±1: those have a smaller variance where the diagonal is
     large, but a few of them can agree on a wrong value, and claim an error of zero. Where A has nearly rank one,
-    Hutchinson's samples are so skew that fewer than 40 of them cover the truth in only about 90% of all cases at the
-    level of 95%; the other methods take such eigenvalues out.
+    Hutchinson's samples are so skew that their intervals, which are widened for it, hold the truth in 90 to 94% of all
+    cases from 4 samples to 40, at the level of 95%; the other methods take such eigenvalues out.
 
     Raises `InputError` for arguments out of range, `NonFiniteError` for a product with NaN, `TransformError` inside a
     torch.func transform, where `trace_probes` serves.
