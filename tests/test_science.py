@@ -17,7 +17,6 @@ from benchmarks.science import alarms, edge, outliers, rules, tables
 from benchmarks.science.alarms import Run
 from benchmarks.science.setting import SEEDS, Problem, cached, curvature, drawn, first, random_vector, top
 from eigenfunc import eigsh, functional_loss
-from eigenfunc.alerts import RULES
 from tests.helpers import dense_hessian
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -53,38 +52,39 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
 
 
+def alarms_of(name: str, s: dict[str, Any], threshold: float = 0.0) -> list[int]:
+    monitor = rules.MONITORS[name]
+    return monitor.alarms(s, [] if monitor.score is None else monitor.score(s), threshold)
+
+
 def test_a_jump_of_the_rate_is_seen_before_it_does_harm_and_a_healthy_run_is_left_alone() -> None:
     jump = alarms.record(Run("SGD", 0.1, 64, "jump", 30.0, 60, 0))
     end = rules.doubled(jump)
     assert end is not None
-    shipped = rules.MONITORS[rules.SHIPPED].score
-    assert rules.first_alarm(shipped(jump), 0.5) == 60 < end
-    assert rules.first_alarm(rules.ratio(jump), 1.0) == 60
-    assert jump["alerts"][0][0] == 60
+    for name in ("`stability`", rules.SHIPPED):
+        assert alarms_of(name, jump)[0] == 60 < end
+    assert alarms_of("λ₁ over the limit", jump, 1.0)[0] == 60
     healthy = alarms.record(Run("SGD", 0.1, 64, "warm-up in one jump", 1.0, 60, 0))
     assert rules.doubled(healthy) is None
-    assert not {"stability", "overshoot"} & {rule for _, rule in healthy["alerts"]}
-    assert all(
-        rules.first_alarm(rules.MONITORS[name].score(healthy), 0.5) is None for name in ("`stability`", "`overshoot`")
-    )
-    assert rules.first_alarm(rules.rose(healthy), 9.0) == 60
+    for name in ("`stability`", "`overshoot`"):
+        assert alarms_of(name, healthy) == []
+    assert alarms_of("the rate rose by a factor", healthy, 9.0) == [60]
 
 
-@pytest.mark.parametrize(("optimiser", "rate", "kind"), [("Adam", 2e-3, "jump"), ("momentum", 0.02, "labels shuffled")])
-def test_rules_asked_afterwards_say_what_they_said_in_the_run(optimiser: str, rate: float, kind: str) -> None:
-    """From the series that are kept, rule by rule, the step of the first alert."""
-    s = alarms.record(Run(optimiser, rate, 16, kind, 100.0, 60, 1))
-    live: dict[str, int] = {}
-    for step, rule in s["alerts"]:
-        live.setdefault(rule, step)
-    later: dict[str, int] = {}
-    for history in rules.histories(s):
-        for rule in RULES:
-            alert = rule(history)
-            if alert is not None:
-                later.setdefault(alert.rule, alert.step)
-    assert live == later
-    assert live
+@pytest.mark.parametrize(
+    "run",
+    [
+        Run("Adam", 2e-3, 16, "jump", 100.0, 60, 1),
+        Run("momentum", 0.02, 16, "labels shuffled", 100.0, 60, 1),
+        Run("SGD", 0.18333841205755852, 16, "jump", 30.0, 91, 3078),  # speaks before a look that takes it back
+    ],
+)
+def test_rules_asked_afterwards_say_what_they_said_in_the_run(run: Run) -> None:
+    """From the series that are kept: all alerts, in their order."""
+    s = alarms.record(run)
+    assert s["alerts"]
+    kept = json.loads(json.dumps(s)) | {"alerts": None}
+    assert rules.retold(kept)["alerts"] == s["alerts"]
 
 
 def test_the_flat_network_is_the_module_of_the_same_weights() -> None:
@@ -154,8 +154,12 @@ def test_scores_and_thresholds() -> None:
     assert rules.loss_z({"loss": [*steady, math.nan]})[60] == math.inf
     assert rules.rose({"rate": [1.0, 1.0, 3.0, 3.0]}) == [1, 1, 3, 1]
     assert rules.changed({"rate": [1.0, 1.0, 3.0]}) == [0, 0, 1]
-    assert rules.first_alarm([0.0, 2.0, 3.0], 1.0) == 1
-    assert rules.first_alarm([0.0, 1.0], 1.0) is None
+    monitor = rules.Monitor(rules.ratio)
+    assert monitor.alarms({}, [0.0, 2.0, 3.0, 1.0, 2.0], 1.0) == [1, 4]
+    assert monitor.alarms({}, [2.0, 1.0], 1.0) == [0]
+    said = {"alerts": [(7, "jump of loss"), (7, "stability"), (9, "stability")]}
+    assert rules.Monitor().alarms(said, [], 0.0) == [7, 7, 9]
+    assert rules.Monitor(rules="jump of loss").alarms(said, [], 0.0) == [7]
     peaks = [float(i) for i in range(100)]
     assert sum(x > rules.tuned(peaks) for x in peaks) == 5
     assert rules.doubled({"run": {"at": 1}, "held": [9.0, 1.0, 2.0, 2.1, 1.0]}) == 3
@@ -163,21 +167,25 @@ def test_scores_and_thresholds() -> None:
 
 
 def test_the_plan_is_large_enough_and_fresh_runs_are_others() -> None:
-    plan, fresh = alarms.planned(), alarms.planned(fresh=True)
+    plan, fresh, last = alarms.planned(), alarms.planned(fresh=True), alarms.confirming()
     assert plan == alarms.planned()
-    assert sum(run.healthy for run in plan) >= 100
-    assert sum(not run.healthy for run in plan) >= 200
-    assert {run.seed for run in plan}.isdisjoint(run.seed for run in fresh)
+    for some in (plan, last):
+        assert sum(run.healthy for run in some) >= 100
+        assert sum(not run.healthy for run in some) >= 200
+    runs = [*plan, *fresh, *last]
+    assert len({run.seed for run in runs}) == len({run.rate for run in runs}) == len(runs)
+    assert last[:108] == alarms.confirming(2)
     for run in plan:
         rates = [alarms.rate_at(run, step) for step in range(alarms.STEPS)]
         assert max(rates) == (run.factor if run.kind.startswith("jump") else 1)
         assert (max(rates) > 1) == (rates[run.at] > 1 and rates[run.at - 1] == 1)
 
 
-def made(optimiser: str, kind: str, rises: int | None, doubles: int | None) -> dict[str, Any]:
-    """20 steps, changed at 10: λ₁ over the limit goes from 0.1 to 3 at one step, the loss from 1 to 5 at another."""
+def made(optimiser: str, kind: str, rises: int | None, doubles: int | None, early: int | None = None) -> dict[str, Any]:
+    """20 steps, changed at 10: λ₁ over the limit goes from 0.1 to 3 at one step, the loss from 1 to 5 at another; at an
+    `early` step λ₁ is as high once before."""
     limit = 20.0
-    tops = [limit * (0.1 if rises is None or t < rises else 3.0) for t in range(20)]
+    tops = [limit * (3.0 if t == early or (rises is not None and t >= rises) else 0.1) for t in range(20)]
     return {
         "run": {"optimiser": optimiser, "kind": kind, "at": 10, "factor": 10},
         "looks": [[t, [top], [0.0], [0.0], True, True, "", "hessian"] for t, top in enumerate(tops)],
@@ -194,6 +202,7 @@ def test_runs_are_counted_for_what_they_are() -> None:
         made("SGD", "jump", 10, 12),  # caught
         made("SGD", "jump", 12, 12),  # too late
         made("SGD", "jump", 5, 12),  # before the fault: a false alarm, and no catch
+        made("SGD", "jump", 10, 12, early=5),  # a false alarm, and caught, but not by the first alarm
         made("Adam", "jump", 11, 12),  # caught
         made("Adam", "jump", 10, None),  # did no harm
         made("momentum", "jump", None, 11),  # missed
@@ -206,8 +215,10 @@ def test_runs_are_counted_for_what_they_are() -> None:
     assert told["false"] == [1, 7]
     assert told["false by kind"]["decay"] == [1, 1]
     assert told["mean false"] == pytest.approx(1 / 7)
-    assert [told[o] for o in ("SGD", "momentum", "Adam")] == [[1, 3], [0, 1], [1, 1]]
-    assert told["caught"] == told["by factor"]["10"] == [2, 5]
+    assert [told[o] for o in ("SGD", "momentum", "Adam")] == [[2, 4], [0, 1], [1, 1]]
+    assert told["caught"] == told["by factor"]["10"] == [3, 6]
+    assert told["at once"] == [2, 6]
+    assert told["early"] == [2, 7]
     assert told["other jumps"] == [1, 1]
     assert told["labels shuffled"] == [1, 1, 4]
     tune, test = rules.halves(healthy, 3)
@@ -217,18 +228,17 @@ def test_runs_are_counted_for_what_they_are() -> None:
     assert (each["SGD"], each["Adam"]) == (pytest.approx(3), pytest.approx(0.1))
 
 
-def test_the_page_says_what_the_shipped_rules_do_on_runs_they_were_not_made_on() -> None:
-    """Of 28 faults under SGD two come after an early alarm, which by this count is a miss."""
-    told = json.loads((DOCS / "science.json").read_text())
-    shipped, untuned = told["fresh"][rules.SHIPPED], told["fresh"]["`stability`"]
+@pytest.mark.parametrize("name", ["fresh", "last"])
+def test_the_page_says_what_the_shipped_rules_do_on_runs_they_were_not_made_on(name: str) -> None:
+    told = json.loads((DOCS / "science.json").read_text())[name]
+    shipped, untuned = told[rules.SHIPPED], told["`stability`"]
     assert shipped["false"][0] <= 0.07 * shipped["false"][1]
-    assert shipped["caught"][0] >= 0.95 * shipped["caught"][1]
-    assert shipped["SGD"] == [26, 28]
-    assert untuned["false"] == [0, 144]
-    assert untuned["SGD"] == [28, 28]
-    for name in ("runs", "fresh runs"):
-        told_in_time = told[name]["of these with an alert of the tracker between the jump and the doubling"]
-        assert told_in_time == told[name]["jumps that doubled the loss"]
+    assert untuned["false"][0] == 0
+    for optimiser in ("SGD", "momentum", "Adam"):
+        assert shipped[optimiser][0] >= 0.95 * shipped[optimiser][1]
+    parts = [row for rule, row in told.items() if rule.startswith("`")]
+    assert len(parts) >= 4
+    assert all(shipped["caught"][0] >= row["caught"][0] for row in parts)  # an early alarm of one hides none of another
 
 
 def test_the_page_says_what_its_figures_say(tmp_path: Path) -> None:
@@ -305,7 +315,6 @@ def test_the_ratio_sees_jumps_that_double_the_loss(seed: int) -> None:
             s = alarms.record(Run("SGD", rate, 64, "jump", factor, 70, 100 * seed + i))
             end = rules.doubled(s)
             if end is not None:
-                at = rules.first_alarm(rules.ratio(s), 1.0)
-                found.append(at is not None and 70 <= at < end)
+                found.append(any(70 <= at < end for at in alarms_of("λ₁ over the limit", s, 1.0)[:1]))
     assert len(found) >= 3
     assert statistics.fmean(found) >= 0.95

@@ -25,6 +25,7 @@ from eigenfunc.track import SpectrumTracker
 
 NET = Problem((64, 32, 32, 10), "tanh", "ce")
 STEPS, EVERY, SAMPLES, PROBE = 200, 5, 1000, 256
+ROUNDS = 6
 OPTIMISERS = {"SGD": (0.01, 0.2), "momentum": (0.003, 0.06), "Adam": (3e-4, 6e-3)}  # ranges of the base rate
 HARMLESS = ("constant", "warm-up", "warm-up in one jump", "decay", "cosine with a restart", "jump by 1.5 or 2")
 DATA = ("labels shuffled", "inputs times 10", "one batch repeated", "weight decay 1")
@@ -46,6 +47,12 @@ class Run:
         return self.kind in HARMLESS
 
 
+def _run(draw: random.Random, kind: str, optimiser: str, factor: float, seed: int) -> Run:
+    low, high = OPTIMISERS[optimiser]
+    rate = math.exp(draw.uniform(math.log(low), math.log(high)))
+    return Run(optimiser, rate, draw.choice((16, 64, 256)), kind, factor, draw.randrange(60, 140), seed)
+
+
 def planned(fresh: bool = False) -> list[Run]:
     """The same list at each call: healthy ones, jumps of the rate, and faults in the data; `fresh` ones, without the
     latter, are others of the same law, on which nothing is tuned."""
@@ -53,10 +60,7 @@ def planned(fresh: bool = False) -> list[Run]:
     found: list[Run] = []
 
     def add(kind: str, optimiser: str, factor: float) -> None:
-        low, high = OPTIMISERS[optimiser]
-        rate = math.exp(draw.uniform(math.log(low), math.log(high)))
-        batch, at, seed = draw.choice((16, 64, 256)), draw.randrange(60, 140), len(found) + 3000 * fresh
-        found.append(Run(optimiser, rate, batch, kind, factor, at, seed))
+        found.append(_run(draw, kind, optimiser, factor, len(found) + 3000 * fresh))
 
     for optimiser in OPTIMISERS:
         for _ in range(8):
@@ -68,6 +72,20 @@ def planned(fresh: bool = False) -> list[Run]:
         for kind in () if fresh else DATA:
             for _ in range(6):
                 add(kind, optimiser, 1.0)
+    return found
+
+
+def confirming(rounds: int = ROUNDS) -> list[Run]:
+    """More runs of the same law: 18 healthy ones and 36 jumps a round, made when nothing was changed any more."""
+    draw = random.Random(6)
+    found: list[Run] = []
+    for _ in range(rounds):
+        for optimiser in OPTIMISERS:
+            for kind in HARMLESS:
+                factor = draw.choice((1.5, 2.0)) if kind.startswith("jump") else 1.0
+                found.append(_run(draw, kind, optimiser, factor, 6000 + len(found)))
+            for factor in 4 * FACTORS:
+                found.append(_run(draw, "jump", optimiser, factor, 6000 + len(found)))
     return found
 
 
@@ -154,6 +172,5 @@ def record(run: Run, **options: Any) -> Json:
     return {"run": asdict(run), "looks": looks, "alerts": [(x.step, x.rule) for x in tracker.alerts], **series}
 
 
-def runs(folder: Path | None, some: Iterable[Run] | None = None, progress: bool = False) -> list[Json]:
-    wanted = list(planned() if some is None else some)
-    return [cached(folder, "alarm", record, run) for run in tqdm(wanted, desc="runs", disable=not progress)]
+def runs(folder: Path | None, some: Iterable[Run], progress: bool = False) -> list[Json]:
+    return [cached(folder, "alarm", record, run) for run in tqdm(list(some), desc="runs", disable=not progress)]

@@ -1,8 +1,10 @@
 """Monitors on recorded runs: scores at every step, thresholds tuned on half of the healthy runs, what is caught.
 
-A monitor gives a score for every step and alarms where it first exceeds its threshold. A healthy run with an alarm is a
-false alarm. A fault in the rate counts if it doubled the loss on the fixed samples, and as caught if the first alarm
-came at the fault or after it, but before the loss had doubled.
+A monitor gives a score for every step and alarms each time that it rises above its threshold; the tracker alarms where
+it raises an alert. A healthy run with an alarm is a false alarm, and so is, counted by itself, a run with an alarm
+before its fault. A fault in the rate counts if it doubled the loss on the fixed samples. It is caught if an alarm came
+at the fault or after it, but before the loss had doubled. The stricter count is in the tables too: caught at once, by
+the first alarm of the run, so that a run with an early alarm is always a miss.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from benchmarks.science.alarms import DATA, FACTORS, HARMLESS, OPTIMISERS
 from benchmarks.science.setting import Json
-from eigenfunc.alerts import RULES, non_finite, overshoot, repeated_batch, stability
-from eigenfunc.records import History, Observation, Record, Rule
-from eigenfunc.tracking import KEPT
+from eigenfunc.alerts import overshoot
+from eigenfunc.records import History, Observation, Record
+from eigenfunc.tracking import KEPT, Tracking
 
 _WINDOW, _QUIET = 30, 20  # steps that a z-score looks back; steps at the start in which none is given
 _SPLITS = 30  # ways to halve the healthy runs
@@ -85,44 +87,70 @@ def tops(s: Json) -> Scores:
     return found
 
 
-def histories(s: Json) -> Iterator[History]:
-    """What the tracker shows to its rules at every step, after its look if there is one."""
+def seen(s: Json) -> tuple[list[Observation], dict[int, Record]]:
+    """What was told at every step, with the stride as it was after the look, and the looks by step."""
     fields = ("loss", "grad", "rate", "limit", "batch", "stride")
     steps = [Observation(t, *x) for t, x in enumerate(zip(*(s[name] for name in fields), strict=True))]
-    records = [
-        Record(step, tuple(values), tuple(bounds), tuple(residuals), (certified,) * len(values),
-               finite=finite, status=status, matrix=matrix)
+    looks = {
+        step: Record(step, tuple(values), tuple(bounds), tuple(residuals), (certified,) * len(values),
+                     finite=finite, status=status, matrix=matrix)
         for step, values, bounds, residuals, certified, finite, status, matrix in s["looks"]
-    ]  # fmt: skip
-    for t in range(len(steps)):
-        known = [record for record in records if record.step <= t]
-        yield History(known, steps[max(0, t - KEPT + 1) : t + 1])
+    }  # fmt: skip
+    return steps, looks
 
 
 def reach(s: Json) -> Scores:
     """What `overshoot` holds against its share: ½ λ₁ ‖Δ‖² over the loss."""
     some = 1e-9
-    alerts = [overshoot(history, share=some) for history in histories(s)]
-    return [0.0 if alert is None else some * alert.value / alert.threshold for alert in alerts]
+    steps, looks = seen(s)
+    found, known = [], []
+    for t in range(len(steps)):
+        known += [looks[t]] if t in looks else []
+        alert = overshoot(History(known[-KEPT:], steps[max(0, t - KEPT + 1) : t + 1]), share=some)
+        found.append(0.0 if alert is None else some * alert.value / alert.threshold)
+    return found
 
 
-def shipped(*rules: Rule) -> Callable[[Json], Scores]:
-    """1 at the steps where one of these rules of the library, with its own thresholds, holds."""
+def told(s: Json) -> list[tuple[int, str]]:
+    """Step and rule of each alert that the tracker raises on what was recorded, with its rules of today.
 
-    def scores(s: Json) -> Scores:
-        return [float(any(rule(history) is not None for rule in rules)) for history in histories(s)]
+    Its own core judges, at each step first what it is told and then the look, as in the run.
+    """
+    steps, looks = seen(s)
+    core = Tracking(None, None)  # type: ignore[arg-type]  # it is not asked to look
+    state, found, before = core.init(), [], None
+    for t, step in enumerate(steps):
+        state = core.observe(state._replace(stride=before), step)
+        found += state.raised
+        if t in looks:
+            state = state._replace(records=(*state.records, looks[t])[-KEPT:])
+        state = core.observe(state._replace(stride=step.stride), Observation(t))
+        found += state.raised
+        before = step.stride
+    return [(alert.step, alert.rule) for alert in found]
 
-    return scores
 
-
-_JUMPS = [rule for rule in RULES if isinstance(rule, partial)]
+def retold(s: Json) -> Json:
+    """With the alerts of the rules of today, whatever they were when the run was made."""
+    return s | {"alerts": told(s)}
 
 
 @dataclass(frozen=True)
 class Monitor:
-    score: Callable[[Json], Scores]
+    score: Callable[[Json], Scores] | None = None  # None: it alarms where the tracker raised an alert
     threshold: float | None = None  # None: tuned
     each: bool = False  # tuned for each optimiser by itself
+    rules: str = ""  # how the names of these alerts begin
+
+    @property
+    def tuned(self) -> bool:
+        return self.score is not None and self.threshold is None
+
+    def alarms(self, s: Json, scores: Scores, limit: float) -> list[int]:
+        """The steps at which it alarms, in order."""
+        if self.score is None:
+            return sorted(step for step, rule in s["alerts"] if rule.startswith(self.rules))
+        return [t for t, x in enumerate(scores) if x > limit and not (t and scores[t - 1] > limit)]
 
 
 MONITORS = {
@@ -138,13 +166,14 @@ MONITORS = {
     "λ₁ over the limit > 0.4": Monitor(ratio, 0.4),
     "½ λ₁‖Δ‖² over the loss": Monitor(reach),
     "½ λ₁‖Δ‖² over the loss, each optimiser": Monitor(reach, each=True),
-    "`stability`": Monitor(shipped(stability), 0.5),
-    "`overshoot`": Monitor(shipped(overshoot), 0.5),
-    "`jump` of λ₁": Monitor(shipped(*(rule for rule in _JUMPS if "of" not in rule.keywords)), 0.5),
-    "`jump` of loss or gradient norm": Monitor(shipped(*(rule for rule in _JUMPS if "of" in rule.keywords)), 0.5),
-    "`repeated_batch`": Monitor(shipped(repeated_batch), 0.5),
-    "`non_finite`": Monitor(shipped(non_finite), 0.5),
-    SHIPPED: Monitor(shipped(*RULES), 0.5),
+    "`stability`": Monitor(rules="stability"),
+    "`overshoot`": Monitor(rules="overshoot"),
+    "`jump` of λ₁": Monitor(rules="jump of λ₁"),
+    "`jump` of the loss": Monitor(rules="jump of loss"),
+    "`jump` of the gradient norm": Monitor(rules="jump of grad_norm"),
+    "`repeated_batch`": Monitor(rules="repeated batch"),
+    "`non_finite`": Monitor(rules="non-finite"),
+    SHIPPED: Monitor(),
 }
 
 
@@ -162,17 +191,6 @@ def doubled(s: Json) -> int | None:
     """The step at which the loss on the fixed samples is first over twice that at the change."""
     at, held = s["run"]["at"], s["held"]
     return next((t for t in range(at + 1, len(held)) if not held[t] <= 2 * held[at]), None)
-
-
-def told_in_time(s: Json) -> bool:
-    """Whether the tracker, in the run itself, spoke at the change or after it but before the loss had doubled, whatever
-    it had said earlier."""
-    at, end = s["run"]["at"], doubled(s)
-    return end is not None and any(at <= step < end for step, _ in s["alerts"])
-
-
-def first_alarm(scores: Scores, threshold: float) -> int | None:
-    return next((t for t, x in enumerate(scores) if x > threshold), None)
 
 
 def tuned(peaks: Sequence[float], target: float = _TARGET) -> float:
@@ -202,33 +220,50 @@ def sound(records: Sequence[Json]) -> list[Json]:
 
 
 class Judged:
-    """A monitor's scores on all runs, and what it does with given thresholds."""
+    """A monitor's scores on all runs, and what it does with given thresholds: counts [such runs, runs]."""
 
     def __init__(self, monitor: Monitor, records: Sequence[Json]) -> None:
         self.monitor = monitor
-        self.scores = {id(s): monitor.score(s) for s in records}
+        self.scores = {id(s): [] if monitor.score is None else monitor.score(s) for s in records}
 
     def thresholds(self, tune: Sequence[Json]) -> dict[str, float]:
-        if self.monitor.threshold is not None:
-            return dict.fromkeys(OPTIMISERS, self.monitor.threshold)
+        if not self.monitor.tuned:
+            return dict.fromkeys(OPTIMISERS, 0.0 if self.monitor.threshold is None else self.monitor.threshold)
         peaks = {o: [max(self.scores[id(s)]) for s in tune if s["run"]["optimiser"] == o] for o in OPTIMISERS}
         if self.monitor.each:
             return {name: tuned(some) for name, some in peaks.items()}
         return dict.fromkeys(OPTIMISERS, tuned([x for some in peaks.values() for x in some]))
 
-    def alarm(self, s: Json, limits: dict[str, float]) -> int | None:
-        return first_alarm(self.scores[id(s)], limits[s["run"]["optimiser"]])
+    def alarms(self, s: Json, limits: dict[str, float]) -> list[int]:
+        return self.monitor.alarms(s, self.scores[id(s)], limits[s["run"]["optimiser"]])
 
     def alarmed(self, some: Sequence[Json], limits: dict[str, float]) -> list[int]:
-        return [sum(self.alarm(s, limits) is not None for s in some), len(some)]
+        return [sum(bool(self.alarms(s, limits)) for s in some), len(some)]
+
+    def early(self, some: Sequence[Json], limits: dict[str, float]) -> list[int]:
+        """With an alarm before the change."""
+        return [sum(t < s["run"]["at"] for s in some for t in self.alarms(s, limits)[:1]), len(some)]
 
     def caught(self, some: Sequence[Json], limits: dict[str, float]) -> list[int]:
-        spans = [(s["run"]["at"], self.alarm(s, limits), doubled(s)) for s in some]
-        return [sum(t is not None and end is not None and at <= t < end for at, t, end in spans), len(spans)]
+        """With an alarm at the change or after it, before the loss had doubled."""
+        return [sum(_between(s, self.alarms(s, limits)) for s in some), len(some)]
+
+    def at_once(self, some: Sequence[Json], limits: dict[str, float]) -> list[int]:
+        """The same of the first alarm of the run."""
+        return [sum(_between(s, self.alarms(s, limits)[:1]) for s in some), len(some)]
 
     def late(self, some: Sequence[Json], limits: dict[str, float]) -> list[float | None]:
-        delays = [t - s["run"]["at"] for s in some if (t := self.alarm(s, limits)) is not None and t >= s["run"]["at"]]
+        """With an alarm at the change or after it, and the median of the steps that it took."""
+        delays = [t - s["run"]["at"] for s in some for t in self._after(s, limits)[:1]]
         return [len(delays), len(some), statistics.median(delays) if delays else None]
+
+    def _after(self, s: Json, limits: dict[str, float]) -> list[int]:
+        return [t for t in self.alarms(s, limits) if t >= s["run"]["at"]]
+
+
+def _between(s: Json, alarms: Sequence[int]) -> bool:
+    end = doubled(s)
+    return end is not None and any(s["run"]["at"] <= t < end for t in alarms)
 
 
 def outcome(monitor: Monitor, records: Sequence[Json]) -> Json:
@@ -247,12 +282,14 @@ def outcome(monitor: Monitor, records: Sequence[Json]) -> Json:
     limits = judged.thresholds(tune)
     false, caught = partial(judged.alarmed, limits=limits), partial(judged.caught, limits=limits)
     return {
-        "tuned": monitor.threshold is None,
+        "tuned": monitor.tuned,
         "thresholds": limits,
         "false": false(test),
         "false of all": false(healthy),
         "false by kind": {kind: false([s for s in test if s["run"]["kind"] == kind]) for kind in HARMLESS},
+        "early": judged.early(jumps, limits),
         "caught": caught(harmful),
+        "at once": judged.at_once(harmful, limits),
         "mean false": statistics.fmean(share for share, _ in shares),
         "mean caught": statistics.fmean(share for _, share in shares),
         **{name: caught([s for s in harmful if s["run"]["optimiser"] == name]) for name in OPTIMISERS},
@@ -266,17 +303,22 @@ def outcomes(records: Sequence[Json]) -> Json:
     return {name: outcome(monitor, records) for name, monitor in MONITORS.items()}
 
 
-def confirmed(told: Json, fresh: Sequence[Json]) -> Json:
+def confirmed(outcomes: Json, fresh: Sequence[Json]) -> Json:
     """The same counts on runs that no threshold was tuned on, for the thresholds of `outcomes`."""
     healthy = sound(fresh)
-    harmful = [s for s in fresh if s["run"]["kind"] == "jump" and doubled(s) is not None]
+    jumps = [s for s in fresh if s["run"]["kind"] == "jump"]
+    harmful = [s for s in jumps if doubled(s) is not None]
     found: Json = {}
-    for name, row in told.items():
+    for name, row in outcomes.items():
         if row["caught"][0]:
             judged, limits = Judged(MONITORS[name], fresh), row["thresholds"]
-            found[name] = {"false": judged.alarmed(healthy, limits), "caught": judged.caught(harmful, limits)} | {
-                o: judged.caught([s for s in harmful if s["run"]["optimiser"] == o], limits) for o in OPTIMISERS
-            }
+            found[name] = {
+                "false": judged.alarmed(healthy, limits), "early": judged.early(jumps, limits),
+                "caught": judged.caught(harmful, limits), "at once": judged.at_once(harmful, limits),
+            }  # fmt: skip
+            for o in OPTIMISERS:
+                some = [s for s in harmful if s["run"]["optimiser"] == o]
+                found[name][o], found[name][f"{o} at once"] = judged.caught(some, limits), judged.at_once(some, limits)
     return found
 
 
@@ -308,7 +350,6 @@ def numbers(records: Sequence[Json]) -> Json:
         "jumps": len(jumps),
         "jumps that doubled the loss": sum(doubled(s) is not None for s in jumps),
         "of these in one step": sum(doubled(s) == s["run"]["at"] + 1 for s in jumps),
-        "of these with an alert of the tracker between the jump and the doubling": sum(map(told_in_time, jumps)),
         "faults in the data": sum(s["run"]["kind"] in DATA for s in records),
         "largest λ₁ over the limit in a healthy run": max(max(ratio(s)) for s in sound(records)),
         "looks": sum(len(s["looks"]) for s in records),

@@ -116,13 +116,19 @@ def _about_rates(told: Json) -> Json:
     return {name: row for name, row in told.items() if row["caught"][0]}
 
 
+def _share(pair: list[int]) -> str:
+    return f"{pair[0] / pair[1]:.1%} ({_of(pair)})"
+
+
 def alarms(told: Json) -> str:
     heads = [
         "monitor",
         "threshold",
         "false alarms, unseen runs",
+        "alarms before a jump",
         *OPTIMISERS,
         "all caught",
+        "by the first alarm",
         "×10",
         "×30",
         "×100",
@@ -132,12 +138,10 @@ def alarms(told: Json) -> str:
     for name, row in _about_rates(told).items():
         limits = list(row["thresholds"].values())
         limit = ", ".join(f"{x:.2g}" for x in dict.fromkeys(limits)) if row["tuned"] else "untuned"
-        caught = f"**{row['caught'][0] / row['caught'][1]:.0%}** ({_of(row['caught'])})"
         mean = f"{row['mean false']:.1%} false, {row['mean caught']:.0%} caught"
-        cells = [f"{row['false'][0] / row['false'][1]:.1%} ({_of(row['false'])})", *(_of(row[o]) for o in OPTIMISERS)]
-        lines.append(
-            "| " + " | ".join([name, limit, *cells, caught, *map(_of, row["by factor"].values()), mean]) + " |"
-        )
+        cells = [_share(row["false"]), _of(row["early"]), *(_of(row[o]) for o in OPTIMISERS)]
+        cells += [f"**{_share(row['caught'])}**", _of(row["at once"]), *map(_of, row["by factor"].values()), mean]
+        lines.append("| " + " | ".join([name, limit, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -151,11 +155,15 @@ def kinds(told: Json) -> str:
 
 
 def confirmed(told: Json) -> str:
-    heads = ["monitor", "false alarms", *OPTIMISERS, "all caught"]
+    """Both counts: by any alarm between the fault and the doubling, and by the first alarm of the run."""
+    heads = ["monitor", "false alarms", "alarms before a jump", *OPTIMISERS, "all caught"]
+    heads += [*(f"{name}, first alarm" for name in OPTIMISERS), "all, first alarm"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, row in told.items():
-        false, caught = (f"{row[key][0] / row[key][1]:.1%} ({_of(row[key])})" for key in ("false", "caught"))
-        lines.append(f"| {name} | {false} | {' | '.join(_of(row[o]) for o in OPTIMISERS)} | {caught} |")
+        cells = [_share(row["false"]), _share(row["early"])]
+        cells += [*(_of(row[o]) for o in OPTIMISERS), f"**{_share(row['caught'])}**"]
+        cells += [*(_of(row[f"{o} at once"]) for o in OPTIMISERS), _share(row["at once"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -199,6 +207,8 @@ def blocks(told: Json) -> dict[str, str]:
         "fresh runs": runs(told["fresh runs"]),
         "alarms": alarms(told["alarms"]),
         "fresh": confirmed(told["fresh"]),
+        "last runs": runs(told["last runs"]),
+        "last": confirmed(told["last"]),
         "kinds": kinds(told["alarms"]),
         "mixes": mixes(told["mixes"]),
         "faults": faults(told["alarms"]),
