@@ -69,8 +69,9 @@ class Density:
         A sum of steps: exact ones of 1/n at `values`, estimated ones at the nodes. The band takes in three errors: the
         draw of the probes, whose law is known and does not depend on the matrix; the finite number of steps, by the
         inequality of Chebyshev, Markov and Stieltjes, which is a strict bound and prevails inside a bulk, where it is
-        about the weight of a node; and that eigenvalues are known to `noise` only, and `values` to their residuals. As
-        there can only be whole numbers of eigenvalues, it ends at multiples of 1/n. Raises `InputError` for NaN and ∞.
+        about the weight of a node, so that it holds there in nearly all cases and not in 95%; and that eigenvalues are
+        known to `noise` only, and `values` to their residuals. As there can only be whole numbers of eigenvalues, it
+        ends at multiples of 1/n. Raises `InputError` for NaN and ∞.
         """
         points = torch.as_tensor(x, dtype=torch.float64).detach().cpu().reshape(-1)
         if not bool(torch.isfinite(points).all()):
