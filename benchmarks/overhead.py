@@ -85,8 +85,8 @@ def counted_reads() -> Iterator[Reads]:
 
         return counting
 
-    def allocated(*args: Any) -> Any:
-        out = allocate(*args)
+    def allocated(*args: Any, **options: Any) -> Any:
+        out = allocate(*args, **options)
         reads.storage = out.untyped_storage().data_ptr()
         return out
 

@@ -84,7 +84,6 @@ BENCHMARKS = {
         "scaling",
         "Two eigenpairs of a diagonal operator with thirty vectors in memory and on disk.",
         ("--largest", "1e6"),
-        ("--largest", "1e7"),
         numbers=True,
     ),
     "compiled": Benchmark(

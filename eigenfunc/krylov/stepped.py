@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -62,20 +63,19 @@ def run(
     """
     if scope.derivative_levels() > 0:
         raise TransformError("run has no derivatives, because it writes in place: use eigenfunc.lanczos here")
-    step: Callable[[MatVec, Tree, Tensor], Row] = advance
-    room: AbstractContextManager[Any] = nullcontext()
-    if compile:
-        step, room = torch.compile(advance, fullgraph=True, backend=backend), _roomy()
+    step, room = (_compiled(backend), _roomy()) if compile else (advance, nullcontext())
     start = tree.tree_map(lambda leaf: leaf.detach()[None], v0)
     anorm = torch.zeros_like(tree.norms(start)[0])
     q, _, alive = vectors.normalised(start, anorm)
     basis = vectors.write(vectors.allocate(q, num_steps + 2), 1, q)
+    leaves, rebuild = tree.flatten(basis)
     alphas, betas, lives = [], [], [alive[0]]
     with room:
         for j in range(num_steps):
-            seen = tree.rows(basis, 0, j + 2)
-            row = step(matvec, _growing(seen) if compile else seen, anorm)
-            vectors.write(basis, j + 2, row.q)
+            seen = [leaf[: j + 2] for leaf in leaves]
+            row = step(matvec, rebuild(_growing(seen) if compile else seen), anorm)
+            for leaf, new in zip(leaves, tree.leaves(row.q), strict=True):
+                leaf[j + 2 : j + 3] = new
             anorm = row.anorm
             alphas.append(row.alpha)
             betas.append(row.beta)
@@ -89,10 +89,16 @@ def run(
     )
 
 
-def _growing(seen: Tree) -> Tree:
+@cache
+def _compiled(backend: str | Callable[..., Any]) -> Callable[[MatVec, Tree, Tensor], Row]:
+    """To ask torch for it takes as long as some steps."""
+    return torch.compile(advance, fullgraph=True, backend=backend)
+
+
+def _growing(seen: list[Tensor]) -> list[Tensor]:
     """`seen` with a number of rows that the compiler takes as unknown: no size is special."""
     decorators: Any = torch._dynamo.decorators
-    for leaf in tree.leaves(seen):
+    for leaf in seen:
         decorators.mark_unbacked(leaf, 0)
     return seen
 
