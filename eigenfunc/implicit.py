@@ -154,7 +154,7 @@ def _solve(problem: Problem, theta: Leaves, v0: Tree, k: int, num_steps: int) ->
     inputs = first, *q, *image, *theta
     apply: Any = _Settled.apply
     values, held, *rows = steps(inputs) if torch.compiler.is_compiling() else apply(steps, *inputs)
-    return _Found(values, rows, held)
+    return _Found(values, list(rows), held)  # which the compiler of torch 2.11 has as a tuple
 
 
 def _iterate(problem: Problem, theta: Leaves, q: Stack, image: Stack, first: Tensor, k: int, num_steps: int) -> _Found:
