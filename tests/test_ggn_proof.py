@@ -323,7 +323,7 @@ def test_a_large_vocabulary_takes_no_more_than_half_a_training_step_beside_it(
     monkeypatch.setattr(module, "_PIECE", 1000)
     model = nn.Sequential(nn.Embedding(50, 4), nn.Tanh(), nn.Linear(4, 1000)).double()
     x, y = torch.arange(400) % 50, torch.arange(400)
-    y = y if criterion is CE else (y[:, None] + torch.arange(1000)) % 2 * 1.0
+    y = y if criterion is CE else ((y[:, None] + torch.arange(1000)) % 2).double()
     with live() as step:
         torch.autograd.grad(criterion(model(x), y), list(model.parameters()))
     objective, params = functional_loss(model, criterion)

@@ -186,7 +186,14 @@ def vjp(f: Function, point: Sequence[Tensor]) -> Product:
     def pulled(v: Sequence[Tensor]) -> list[Tensor]:
         return list(pull(list(v))[0])
 
-    return Product(pulled, lambda vs: list(torch.func.vmap(pulled)(list(vs))))
+    return Product(lambda v: _settled(pulled(v)), lambda vs: _settled(list(torch.func.vmap(pulled)(list(vs)))))
+
+
+def _settled(images: list[Tensor]) -> list[Tensor]:
+    """The images without a history, which torch 2.14 leaves on them behind a batch norm, unless one is wanted."""
+    if torch.compiler.is_compiling() or scope.inside_transform():
+        return images
+    return [image.detach() for image in images]
 
 
 class Differences:

@@ -133,7 +133,7 @@ def _confirmed(exact: Blocks, fine: dict[str, float], differences: Blocks, coars
     total = whole(differences)
     for name, block in exact.items():
         scale = max(_norm(block), 1e-3 * total)
-        apart = _norm(block - differences[name])
+        apart = _norm(differences[name] - block)  # in this order, for the block of an embedding may be sparse
         if coarse[name] > 1e-5 * scale or apart > max(10 * (coarse[name] + fine[name]), 1e-8 * scale):
             return False
     return True
