@@ -123,7 +123,7 @@ def faults(case: Case, claim: Any) -> list[str]:
                 f"eigenvalue of that rank, {float(truth[i]) * unit:.9g}: its bound is {bound * unit:.2g}, tol·|λ| "
                 f"{case.tol * abs(value):.2g}"
             )
-        if bound > max(10 * float(found.kahan[i]) + 20 * found.noise, 1.01 * case.tol * abs(value) / unit):
+        if bound > max(10 * (float(found.kahan[i]) + found.noise), 1.01 * case.tol * abs(value) / unit):
             wrong.append(f"{rank} has a bound of {bound * unit:.2g}, idle beside its residual")
         residual = float(found.true_residuals[i])
         allowed = max(case.tol * abs(float(found.values[i])), found.noise)
